@@ -1,0 +1,205 @@
+"""maybe_autocast: torch.autocast that can be left in the code on every machine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, Literal
+
+import torch
+
+from portable_amp.backends import backend_for, parse_device, resolve_device
+from portable_amp.capabilities import Support, probe
+from portable_amp.errors import PrecisionFallbackWarning
+from portable_amp.notices import tell_once
+from portable_amp.precision import choose
+
+
+class _Entered(threading.local):
+    """The autocast regions this thread is inside of, outermost first."""
+
+    def __init__(self) -> None:
+        self.regions: list[tuple[Autocast, torch.autocast]] = []
+
+
+_entered = _Entered()
+
+
+class Autocast(torch.autocast):
+    """torch.autocast whose one instance may be nested in itself, shared by threads and recursion.
+
+    torch keeps the state to restore on the instance, so that entering it twice leaves autocast on
+    for good. Here each entry has an instance of torch's own, kept per thread.
+    """
+
+    def __enter__(self) -> Any:
+        if torch.compiler.is_compiling():  # traced, not run: there is nothing to restore
+            super().__enter__()
+            return self
+        region = torch.autocast.__new__(torch.autocast)
+        region.__dict__.update(self.__dict__)
+        region.__enter__()
+        _entered.regions.append((self, region))
+        return self
+
+    def __exit__(self, *exc: Any) -> Literal[False]:
+        if torch.compiler.is_compiling():
+            super().__exit__(*exc)
+            return False
+        regions = _entered.regions
+        for at in reversed(range(len(regions))):
+            if regions[at][0] is self:
+                break
+        else:
+            raise RuntimeError("this autocast was not entered in this thread; nothing to leave")
+        region = regions.pop(at)[1]
+        later = [other for _, other in regions[at:] if other.device == region.device]
+        if not later:
+            region.__exit__(*exc)
+            return False
+        # Interleaved generators leave out of order. The region that was entered after this one is
+        # still in force; it inherits what is to be restored.
+        for name in ("prev", "prev_fastdtype", "prev_cache_enabled"):
+            setattr(later[0], name, getattr(region, name))
+        torch.autocast_decrement_nesting()
+        return False
+
+    def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
+            raise TypeError(
+                f"maybe_autocast cannot decorate the coroutine {func.__name__!r}: the event loop "
+                "would run other tasks inside it. Use `with` around the code that computes."
+            )
+        if inspect.isgeneratorfunction(func):
+            return _decorate_generator(self, func)
+        decorated: Callable[..., Any] = super().__call__(func)
+        return decorated
+
+
+class NoAutocast(contextlib.ContextDecorator):
+    """Changes nothing: for a device that has no autocast."""
+
+    def __enter__(self) -> NoAutocast:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        return None
+
+
+def _decorate_generator(
+    region: Autocast, func: Callable[..., Generator[Any, Any, Any]]
+) -> Callable[..., Generator[Any, Any, Any]]:
+    """Autocast around each resumption, not around the call that only makes the generator."""
+
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        inner = func(*args, **kwargs)
+        resume: Callable[[Any], Any] = inner.send
+        value: Any = None
+        while True:
+            try:
+                with region:
+                    produced = resume(value)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                value = yield produced
+                resume = inner.send
+            except GeneratorExit:
+                with region:
+                    inner.close()
+                raise
+            except BaseException as error:
+                resume, value = inner.throw, error
+
+    return wrapper
+
+
+def maybe_autocast(
+    device_type: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    enabled: bool = True,
+    cache_enabled: bool | None = None,
+) -> Autocast | NoAutocast:
+    """torch.autocast where this machine can autocast, nothing where it cannot, and it says so once.
+
+    Args:
+        device_type: "cuda", "cuda:0", a torch.device; None: the best device of this machine.
+        dtype: what to compute in; None: torch's default for the device, or, where the device is
+            None too, what `DeviceContext()` would choose.
+        enabled: False computes the region in the dtypes of its tensors.
+        cache_enabled: as in torch.autocast.
+
+    Returns:
+        A context manager and decorator; one instance may be entered again, nested and in threads.
+
+    Raises:
+        DeviceError: torch knows no such device.
+
+    >>> with maybe_autocast("cpu", torch.bfloat16):
+    ...     torch.ones(2, 2).mm(torch.ones(2, 2)).dtype
+    torch.bfloat16
+    """
+    decided = _decide(device_type, dtype, bool(enabled))
+    if decided is None:
+        return NoAutocast()
+    kind = torch.autocast if torch.compiler.is_compiling() else Autocast
+    made: Autocast = kind(*decided, cache_enabled)  # type: ignore[assignment]
+    return made
+
+
+def _decide(
+    device_type: str | torch.device | None, dtype: torch.dtype | None, enabled: bool
+) -> tuple[str, torch.dtype | None, bool] | None:
+    """The arguments for torch.autocast, or None where it is to be left alone."""
+    if device_type is not None:
+        return _decide_named(device_type, dtype, enabled)
+    device = resolve_device()
+    if dtype is not None:
+        return _decide_named(device, dtype, enabled)
+    plan = choose("auto", probe(device))
+    return device.type, plan.dtype if plan.autocast else None, enabled and plan.autocast
+
+
+# torch.compile traces maybe_autocast; the decision is a constant to it, taken while tracing. This
+# is what torch.compiler.assume_constant_result sets (2.4 to 2.15); calling that imports Dynamo.
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _decide_named(
+    device_type: str | torch.device, dtype: torch.dtype | None, enabled: bool
+) -> tuple[str, torch.dtype | None, bool] | None:
+    device = parse_device(device_type)
+    kind = device.type
+    count = backend_for(kind).count()
+    capabilities = probe(device if (device.index or 0) < count else kind) if count else None
+    if capabilities is None or not capabilities.autocast:
+        if enabled:
+            why = (
+                f"torch has no working autocast for {kind} in this version."
+                if capabilities
+                else f"this machine has no {kind} device. maybe_autocast() takes the best one."
+            )
+            _tell(kind, f"maybe_autocast({kind!r}) does nothing: {why}")
+        return None
+    wanted = torch.get_autocast_dtype(kind) if dtype is None else dtype
+    if not enabled:
+        return kind, dtype, False
+    if wanted is torch.float32:
+        return kind, wanted, capabilities.autocast_float32
+    if wanted not in (torch.float16, torch.bfloat16):
+        why = "autocast knows torch.float16 and torch.bfloat16."
+    elif capabilities.support(wanted) is Support.ABSENT:
+        why = "; ".join(capabilities.evidence) + "."
+    else:
+        return kind, wanted, True
+    _tell((kind, wanted), f"maybe_autocast({kind!r}, {wanted}) computes in float32: {why}")
+    return kind, None, False
+
+
+def _tell(subject: object, message: str) -> None:
+    tell_once(("autocast", subject), message, PrecisionFallbackWarning)

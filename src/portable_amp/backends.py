@@ -1,0 +1,452 @@
+"""One record per kind of device: how torch is asked about it, and what it needs from us.
+
+This module and `capabilities` are the only ones that know device types by name. Everything is
+asked of torch when it is needed, never at import.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from portable_amp.errors import DeviceError
+from portable_amp.notices import tell_once
+
+DEVICE_VARIABLE = "PORTABLE_AMP_DEVICE"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device as torch and the system report it: raw readings, no judgement."""
+
+    device_type: str
+    name: str
+    torch_version: tuple[int, int]
+    autocast: bool
+    """torch.amp.is_autocast_available: this build has autocast kernels for the device type."""
+    total_memory: int | None = None
+    """Bytes of memory the device can use, None where torch does not tell."""
+    compute_capability: tuple[int, int] | None = None
+    """NVIDIA only: (8, 0) is an A100."""
+    arch: str = ""
+    """AMD only: the compiler's name of the chip, such as gfx90a."""
+    macos: tuple[int, int] | None = None
+    cpu_features: frozenset[str] = frozenset()
+    float64: bool | None = None
+    float16: bool | None = None
+    bfloat16: bool | None = None
+    """What the driver says of the dtype, None where there is no such question to ask."""
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Bytes on one device; None where torch cannot tell."""
+
+    allocated: int | None = None
+    """Held by live tensors."""
+    reserved: int | None = None
+    """Held by torch's allocator, cache included."""
+    total: int | None = None
+    """What the device can give to this process."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How to deal with one device type."""
+
+    device_type: str
+    label: str
+    count: Callable[[], int]
+    """Devices present, 0 for none; never raises."""
+    read: Callable[[torch.device], Hardware]
+    memory: Callable[[torch.device], MemoryStats]
+    empty_cache: str | None = None
+    """Name of torch's function, None where there is no cache to empty."""
+    get_rng_state: str | None = None
+    set_rng_state: str | None = None
+    rng_per_device: bool = True
+    set_device: str | None = None
+    synchronize: str | None = None
+    pins_memory: bool = False
+    """Copies from page-locked memory may be asynchronous, and stay ordered with later work."""
+    distributed: str | None = None
+    """The torch.distributed backend that talks between such devices."""
+    channels_last: bool = False
+    """channels_last convolutions are correct in forward and backward."""
+    out_of_memory: tuple[str, ...] = ()
+    """What an out-of-memory error of this device says."""
+
+
+def torch_function(dotted: str | None) -> Callable[..., Any] | None:
+    """`torch.<dotted>`, or None where this torch has no such function."""
+    found: Any = torch
+    for part in (dotted or "").split("."):
+        found = getattr(found, part, None)
+    return found if callable(found) else None
+
+
+def torch_version() -> tuple[int, int]:
+    """The running torch as (major, minor)."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(re.match(r"\d*", minor)[0] or 0)  # type: ignore[index]
+
+
+# --- CUDA, and ROCm under the same name ------------------------------------------------------
+
+
+def _count_cuda() -> int:
+    # A broken driver makes torch warn and answer "no CUDA". The user must hear why the GPU is not
+    # used, but as our one notice: is_available() repeats its own warning from several places.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for warning in caught:
+        tell_once(("cuda", "driver"), f"cuda is not usable: {warning.message}")
+    return count
+
+
+def _read_cuda(device: torch.device) -> Hardware:
+    found = torch.cuda.get_device_properties(device)
+    amd = torch.version.hip is not None
+    return Hardware(
+        "cuda",
+        found.name,
+        torch_version(),
+        autocast=torch.amp.is_autocast_available("cuda"),
+        total_memory=found.total_memory,
+        compute_capability=None if amd else (found.major, found.minor),
+        arch=found.gcnArchName.split(":")[0] if amd else "",
+        float64=True,
+    )
+
+
+def _memory_cuda_like(device: torch.device) -> MemoryStats:
+    module = torch.get_device_module(device)
+    return MemoryStats(
+        allocated=int(module.memory_allocated(device)),
+        reserved=int(module.memory_reserved(device)),
+        total=int(module.mem_get_info(device)[1]),
+    )
+
+
+# --- Intel XPU -------------------------------------------------------------------------------
+
+
+def _count_xpu() -> int:
+    return torch.xpu.device_count() if torch.xpu.is_available() else 0
+
+
+def _read_xpu(device: torch.device) -> Hardware:
+    found = torch.xpu.get_device_properties(device)
+    return Hardware(
+        "xpu",
+        found.name,
+        torch_version(),
+        autocast=torch.amp.is_autocast_available("xpu"),
+        total_memory=found.total_memory,
+        # These three attributes came with torch 2.5; without them nothing is claimed.
+        float64=getattr(found, "has_fp64", None),
+        float16=getattr(found, "has_fp16", None),
+        bfloat16=getattr(found, "has_bfloat16_conversions", None),
+    )
+
+
+# --- Apple MPS -------------------------------------------------------------------------------
+
+
+def _count_mps() -> int:
+    return int(torch.backends.mps.is_available())
+
+
+def _read_mps(device: torch.device) -> Hardware:
+    release = platform.mac_ver()[0].split(".")
+    recommended = torch_function("mps.recommended_max_memory")
+    return Hardware(
+        "mps",
+        platform.processor() or "Apple GPU",
+        torch_version(),
+        autocast=torch.amp.is_autocast_available("mps"),
+        total_memory=int(recommended()) if recommended else None,
+        macos=(int(release[0] or 0), int(release[1]) if len(release) > 1 else 0),
+        float64=False,
+    )
+
+
+def _memory_mps(device: torch.device) -> MemoryStats:
+    recommended = torch_function("mps.recommended_max_memory")
+    return MemoryStats(
+        allocated=torch.mps.current_allocated_memory(),
+        reserved=torch.mps.driver_allocated_memory(),
+        total=int(recommended()) if recommended else None,
+    )
+
+
+# --- CPU -------------------------------------------------------------------------------------
+
+
+def _cpu_features() -> frozenset[str]:
+    """What the processor can do, in torch's spelling; empty where nobody tells."""
+    ask = torch_function("cpu.get_capabilities")  # torch 2.11+
+    if ask:
+        return frozenset(name for name, value in ask().items() if value is True)
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    # Linux and torch spell the same features differently here and there; only these matter.
+    renamed = {"avx512fp16": "avx512_fp16"}
+    return frozenset(renamed.get(flag, flag) for flag in (flags[1] if flags else "").split())
+
+
+def _read_cpu(device: torch.device) -> Hardware:
+    return Hardware(
+        "cpu",
+        platform.processor() or platform.machine() or "CPU",
+        torch_version(),
+        autocast=torch.amp.is_autocast_available("cpu"),
+        cpu_features=_cpu_features(),
+        float64=True,
+    )
+
+
+def _no_memory(device: torch.device) -> MemoryStats:
+    return MemoryStats()
+
+
+# --- any other accelerator -------------------------------------------------------------------
+
+
+def _device_module(device_type: str) -> ModuleType | None:
+    """The vendor's module, registered as torch.<device_type>; None where there is none."""
+    try:
+        module: ModuleType = torch.get_device_module(device_type)
+    except RuntimeError:
+        return None
+    return module
+
+
+def _generic(device_type: str) -> Backend:
+    """A row for an accelerator without one of its own, from what its module offers."""
+
+    def count() -> int:
+        module = _device_module(device_type)
+        try:
+            return int(module.device_count()) if module and module.is_available() else 0
+        except (AttributeError, RuntimeError):
+            return 0
+
+    def read(device: torch.device) -> Hardware:
+        module = _device_module(device_type)
+        supported = getattr(module, "get_amp_supported_dtype", None)
+        dtypes = supported() if supported else None
+        bf16 = getattr(module, "is_bf16_supported", None)
+        name = getattr(module, "get_device_name", None)
+        return Hardware(
+            device_type,
+            str(name(device)) if name else device_type,
+            torch_version(),
+            autocast=torch.amp.is_autocast_available(device_type),
+            float16=None if dtypes is None else torch.float16 in dtypes,
+            bfloat16=torch.bfloat16 in dtypes
+            if dtypes is not None
+            else (bool(bf16()) if bf16 else None),
+        )
+
+    def memory(device: torch.device) -> MemoryStats:
+        return _memory_cuda_like(device)
+
+    return Backend(
+        device_type,
+        device_type.upper(),
+        count,
+        read,
+        memory,
+        empty_cache=f"{device_type}.empty_cache",
+        get_rng_state=f"{device_type}.get_rng_state",
+        set_rng_state=f"{device_type}.set_rng_state",
+        set_device=f"{device_type}.set_device",
+        synchronize=f"{device_type}.synchronize",
+        distributed=_VENDOR_DISTRIBUTED.get(device_type),
+        out_of_memory=(f"{device_type.upper()} out of memory",),
+    )
+
+
+# Source: the vendors' torch.distributed back ends (Ascend, Gaudi, Cambricon).
+_VENDOR_DISTRIBUTED = {"npu": "hccl", "hpu": "hccl", "mlu": "cncl"}
+
+CUDA = Backend(
+    "cuda",
+    "CUDA",
+    _count_cuda,
+    _read_cuda,
+    _memory_cuda_like,
+    empty_cache="cuda.empty_cache",
+    get_rng_state="cuda.get_rng_state",
+    set_rng_state="cuda.set_rng_state",
+    set_device="cuda.set_device",
+    synchronize="cuda.synchronize",
+    pins_memory=True,
+    distributed="nccl",
+    channels_last=True,
+    out_of_memory=(
+        "CUDA out of memory",
+        "HIP out of memory",
+        "CUDA error: out of memory",
+        "HIP error: out of memory",
+        "CUDA ran out of memory outside PyTorch's allocator",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        # cuDNN finds no algorithm when none fits into what memory is left.
+        "Unable to find a valid cuDNN algorithm",
+        "unable to find an engine",
+    ),
+)
+XPU = Backend(
+    "xpu",
+    "XPU",
+    _count_xpu,
+    _read_xpu,
+    _memory_cuda_like,
+    empty_cache="xpu.empty_cache",
+    get_rng_state="xpu.get_rng_state",
+    set_rng_state="xpu.set_rng_state",
+    set_device="xpu.set_device",
+    synchronize="xpu.synchronize",
+    pins_memory=True,
+    distributed="xccl",
+    channels_last=True,
+    out_of_memory=("XPU out of memory", "UR_RESULT_ERROR_OUT_OF_"),
+)
+MPS = Backend(
+    "mps",
+    "MPS",
+    _count_mps,
+    _read_mps,
+    _memory_mps,
+    # Absent from the earliest builds that have MPS; clear_cache looks before it calls.
+    empty_cache="mps.empty_cache",
+    get_rng_state="mps.get_rng_state",
+    set_rng_state="mps.set_rng_state",
+    rng_per_device=False,
+    synchronize="mps.synchronize",
+    # pytorch#139550: non_blocking copies to MPS corrupt data silently, so pins_memory stays False.
+    # pytorch#175189: channels_last with BatchNorm gives a wrong backward or a crash.
+    out_of_memory=("MPS backend out of memory",),
+)
+CPU = Backend(
+    "cpu",
+    "CPU",
+    lambda: 1,
+    _read_cpu,
+    _no_memory,
+    distributed="gloo",
+    channels_last=True,
+    out_of_memory=(
+        "DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory",
+    ),
+)
+
+_KNOWN = {row.device_type: row for row in (CUDA, XPU, MPS, CPU)}
+
+
+def _vendor_types() -> tuple[str, ...]:
+    """Device types without a row that this build may have: in-tree ones, and the plugin's name.
+
+    The plugin's name has no public question that works on every version; this one was tried on
+    torch 2.4 and 2.15.
+    """
+    return ("hpu", "mtia", str(torch._C._get_privateuse1_backend_name()))
+
+
+def backend_for(device_type: str) -> Backend:
+    """The row of one device type; a generic one where none was written."""
+    return _KNOWN.get(device_type) or _generic(device_type)
+
+
+def present() -> tuple[Backend, ...]:
+    """The rows of what this machine has, best first; the CPU is always there, and last."""
+    candidates = (CUDA, XPU, MPS, *(_generic(name) for name in _vendor_types()), CPU)
+    return tuple(row for row in candidates if row.count() > 0)
+
+
+def parse_device(value: str | torch.device) -> torch.device:
+    """The torch.device that `value` names, present or not.
+
+    Raises:
+        DeviceError: torch knows no such device.
+    """
+    if isinstance(value, torch.device):
+        return value
+    if isinstance(value, str):
+        try:
+            return torch.device(value)
+        except (RuntimeError, ValueError):
+            pass
+    names = [*_KNOWN, *_vendor_types()]
+    close = difflib.get_close_matches(str(value).split(":")[0].lower(), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise DeviceError(
+        f"{value!r} is not a device torch knows.{hint} This machine has: {_inventory()}."
+    )
+
+
+def resolve_device(value: str | torch.device | None = None) -> torch.device:
+    """The device to use, with its index: as told, else $PORTABLE_AMP_DEVICE, else the best present.
+
+    Without an index each process that torchrun starts takes the one of its LOCAL_RANK.
+
+    Raises:
+        DeviceError: there is no such device here.
+    """
+    origin = ""
+    if value is None and os.environ.get(DEVICE_VARIABLE):
+        value, origin = os.environ[DEVICE_VARIABLE], f" (from ${DEVICE_VARIABLE})"
+    device = torch.device(present()[0].device_type) if value is None else parse_device(value)
+    count = backend_for(device.type).count()
+    if device.type == CPU.device_type:
+        if device.index:
+            raise DeviceError(f"'{device}'{origin} is not available: the CPU is one device, 'cpu'.")
+        return torch.device("cpu")
+    index = device.index if device.index is not None else _local_index(count)
+    if index >= count:
+        have = (
+            f"{count} {device.type} device{'' if count == 1 else 's'}"
+            if count
+            else f"this machine has no {device.type} device"
+        )
+        raise DeviceError(
+            f"'{value if value is not None else f'{device.type}:{index}'}'{origin} is not "
+            f"available: {have}. This machine has: {_inventory()}. "
+            "Use device=None to let portable-amp choose."
+        )
+    return torch.device(device.type, index)
+
+
+def _local_index(count: int) -> int:
+    """The index for this process; 0 where a launcher shows each process its own single device."""
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    return int(local_rank) if local_rank.isdecimal() and count > 1 else 0
+
+
+def _inventory() -> str:
+    """The devices of this machine, such as "cuda:0, cuda:1, cpu"."""
+    return ", ".join(
+        name
+        for row in present()
+        for name in (
+            [row.device_type]
+            if row is CPU
+            else [f"{row.device_type}:{index}" for index in range(row.count())]
+        )
+    )

@@ -1,0 +1,119 @@
+"""Checkpoints that are whole or not there, hold no code, and cross devices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from portable_amp.errors import CheckpointError
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write `state` so that `path` holds either what it held before or all of the new one.
+
+    It goes to a temporary file beside `path`, onto the disk, and into place by renaming.
+
+    Args:
+        path: its folder must exist.
+        state: tensors, numbers, strings and None, nested in dicts, lists and tuples; what
+            `load_checkpoint` could not load safely is refused now. NumPy's scalars and arrays are
+            written as Python's numbers and as tensors.
+
+    Raises:
+        CheckpointError: something in the state cannot be loaded safely, or the disk refuses.
+    """
+    target = Path(path)
+    plain = _plain(state, "state")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(plain, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
+    # A full disk reaches us as RuntimeError, from inside torch's zip writer.
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot write {str(target)!r}: {_one_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; every tensor comes to the CPU, and no code is ever run.
+
+    `load_state_dict` of modules and optimizers moves it on to their own device, so a checkpoint
+    goes from any machine to any other.
+
+    Raises:
+        CheckpointError: missing, truncated, not a checkpoint, or a pickle that would run code.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise CheckpointError(f"there is no checkpoint {str(target)!r}")
+    try:
+        loaded = torch.load(target, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        why = (
+            "it holds Python objects whose code would run on loading, and is refused"
+            if zipfile.is_zipfile(target) or "Unsupported" in str(error)
+            else "it is no checkpoint, or damaged"
+        )
+        raise CheckpointError(f"cannot load {str(target)!r}: {why}") from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot load {str(target)!r}: it is truncated, damaged, or no checkpoint "
+            f"({_one_line(error)})"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{str(target)!r} holds a {type(loaded).__name__}, and a checkpoint is a dict"
+        )
+    return loaded
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` in types that torch.load takes with weights_only=True; refuses what it would not."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, _PLAIN) and type(value).__module__ != "numpy":
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, (str, int, float, bool, tuple)):
+                raise CheckpointError(f"{where} has the key {key!r}: keys are strings or numbers")
+        return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if type(value).__module__ == "numpy":
+        return torch.from_numpy(value.copy()) if getattr(value, "ndim", 0) else value.item()
+    raise CheckpointError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be loaded "
+        "without running code: save its numbers, strings and tensors instead"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the renaming itself onto the disk, where the system lets a folder be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,256 @@
+"""DeviceContext: one device, its precision plan, and everything a loop needs for both."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from portable_amp.autocast import Autocast, NoAutocast
+from portable_amp.backends import (
+    DEVICE_VARIABLE,
+    Backend,
+    MemoryStats,
+    backend_for,
+    resolve_device,
+    torch_function,
+)
+from portable_amp.capabilities import Capabilities, probe
+from portable_amp.distributed import agree_on_plan
+from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
+from portable_amp.memory import clear_cache, memory
+from portable_amp.notices import tell_once
+from portable_amp.precision import Precision, PrecisionPlan, choose
+from portable_amp.scaler import ScalerShim
+from portable_amp.transfer import loader_options, to_device
+
+STRICT_VARIABLE = "PORTABLE_AMP_STRICT"
+_OFF = ("", "0", "false", "no", "off")
+
+T = TypeVar("T")
+
+
+class DeviceContext:
+    """One device and one precision plan; immutable, cheap, picklable, and decided once.
+
+    Args:
+        device: "cuda:1", "mps", a torch.device; None: $PORTABLE_AMP_DEVICE, else the best present.
+        precision: "auto" or True: mixed precision where it is complete and native, fp32 elsewhere;
+            "fp32", "fp16", "bf16", or the spellings of other libraries.
+        unsupported: what becomes of a request this machine cannot honour: "fallback" to fp32 with
+            one PrecisionFallbackWarning, or "raise". $PORTABLE_AMP_STRICT=1 always raises.
+
+    Raises:
+        DeviceError: there is no such device here.
+        UnsupportedPrecisionError: no such precision, or refused under "raise".
+
+    >>> ctx = DeviceContext("cpu", precision="fp32")
+    >>> print(ctx.summary())
+    Device: cpu
+    Mixed precision: disabled
+    Autocast device type: None
+    """
+
+    device: torch.device
+    capabilities: Capabilities
+    plan: PrecisionPlan
+    _autocast: Autocast | NoAutocast | None
+
+    def __init__(
+        self,
+        device: str | torch.device | None = None,
+        *,
+        precision: Precision = "auto",
+        unsupported: str = "fallback",
+    ) -> None:
+        if unsupported not in ("fallback", "raise"):
+            raise ValueError(f"unsupported={unsupported!r}: 'fallback' or 'raise' work here")
+        where = resolve_device(device)
+        capabilities = probe(where)
+        self._fill(where, capabilities, choose(precision, capabilities))
+        self._tell(strict=unsupported == "raise")
+
+    @property
+    def backend(self) -> Backend:
+        """The record of this kind of device."""
+        return backend_for(self.device.type)
+
+    @property
+    def autocast_device_type(self) -> str | None:
+        """What torch.autocast is given as device_type; None where autocast is off."""
+        return self.device.type if self.plan.autocast else None
+
+    def autocast(self) -> Autocast | NoAutocast:
+        """The region to compute in: autocast under the plan, or float32 where the plan is fp32.
+
+        The same object each time; it may be nested, entered in threads, and used as a decorator.
+
+        >>> with DeviceContext("cpu", precision="fp32").autocast():
+        ...     torch.ones(2, 2).mm(torch.ones(2, 2)).dtype
+        torch.float32
+        """
+        if torch.compiler.is_compiling():
+            traced: Autocast = self._region(torch.autocast)
+            return traced
+        if self._autocast is None:
+            object.__setattr__(self, "_autocast", self._region(Autocast))
+        assert self._autocast is not None
+        return self._autocast
+
+    def scaler(
+        self,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+    ) -> ScalerShim:
+        """A gradient scaler for this device, enabled where the plan is fp16."""
+        return ScalerShim(
+            self.device,
+            init_scale,
+            growth_factor,
+            backoff_factor,
+            growth_interval,
+            enabled=self.plan.scaler,
+        )
+
+    def to(self, value: T) -> T:
+        """A module, moved in place, or a batch: tensors nested in dicts, lists and tuples.
+
+        Copies are asynchronous where that is safe. On a device without float64, float64 tensors
+        become float32, and that is said once.
+        """
+        moved: T = to_device(value, self.device, self.backend, self.capabilities)
+        return moved
+
+    def loader_options(
+        self, num_workers: int = 0, *, seed: int | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Arguments for a DataLoader that feeds this device.
+
+        Pinned memory where the device reads it, workers that keep running between epochs and have
+        random states of their own: a data set with a method `set_random_seed(seed: int)` is seeded
+        through it.
+
+        Args:
+            num_workers: processes that load data.
+            seed: makes the order of a shuffling loader reproducible.
+            options: anything else a DataLoader takes; it wins over what is chosen here.
+        """
+        return {**loader_options(self.backend, num_workers, seed), **options}
+
+    def clear_cache(self, *, min_pressure: float | None = None) -> int | None:
+        """Give this device's cached memory back; see `portable_amp.clear_cache`."""
+        return clear_cache(self.device, min_pressure=min_pressure)
+
+    def memory(self) -> MemoryStats:
+        """Bytes allocated, reserved and in all; None where torch cannot tell."""
+        return memory(self.device)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it: before taking times."""
+        wait = torch_function(self.backend.synchronize)
+        if wait:
+            wait()
+
+    def agreed(self) -> DeviceContext:
+        """The same context with the plan that all ranks can follow; every rank must call it."""
+        plan = agree_on_plan(self.plan.request, self.capabilities)
+        if plan == self.plan:
+            return self
+        agreed = _restore(self.device, self.capabilities, plan)
+        agreed._tell(strict=False)
+        return agreed
+
+    def summary(self) -> str:
+        """Three lines to print at the start: device, mixed precision, autocast device type."""
+        return (
+            f"Device: {self.device}\n"
+            f"Mixed precision: {'enabled' if self.plan.autocast else 'disabled'}\n"
+            f"Autocast device type: {self.autocast_device_type}"
+        )
+
+    def explain(self) -> str:
+        """Every decision, why it was taken, and how to change it."""
+        plan, row = self.plan, self.backend
+        others = " | ".join(f'"{name}"' for name in ("fp32", "fp16", "bf16") if name != plan.name)
+        cache = f"torch.{row.empty_cache}()" if row.empty_cache else "nothing to clear"
+        lines = [
+            self.summary(),
+            "",
+            f"Precision: {plan.name}, asked for {plan.request!r}: {plan.reason}.",
+            *(f"  Seen: {seen}." for seen in plan.evidence),
+            f"  To change it: DeviceContext(precision={others}).",
+            "Gradient scaler: "
+            + (
+                "on; fp16 gradients underflow without it."
+                if plan.scaler
+                else "off; only fp16 needs it."
+            ),
+            f"Cache: {cache}.",
+            "Copies: "
+            + (
+                "asynchronous from pinned memory; loader_options() pins."
+                if row.pins_memory
+                else "synchronous; pinned memory gains nothing on this device, or is unsafe."
+            ),
+            f"Several processes: {row.distributed or 'not on this kind of device'}.",
+            f"To choose a device: DeviceContext('{self.device}') or ${DEVICE_VARIABLE}.",
+        ]
+        return "\n".join(lines)
+
+    def _region(self, kind: type[torch.autocast]) -> Any:
+        if not self.capabilities.autocast:
+            return NoAutocast()
+        plan = self.plan
+        return kind(self.device.type, plan.dtype if plan.autocast else None, plan.autocast)
+
+    def _tell(self, *, strict: bool) -> None:
+        plan = self.plan
+        key = (str(self.device), plan.request, plan.reason)
+        if not plan.fell_back:
+            if plan.request == "auto" and not plan.autocast:
+                tell_once(
+                    key, f"{self.device}: mixed precision is off, computing in fp32: {plan.reason}."
+                )
+            return
+        message = f"precision={plan.request!r} on {self.device} becomes fp32: {plan.reason}."
+        if strict or os.environ.get(STRICT_VARIABLE, "").strip().lower() not in _OFF:
+            raise UnsupportedPrecisionError(
+                f"precision={plan.request!r} is refused on {self.device}: {plan.reason}."
+            )
+        tell_once(key, message, PrecisionFallbackWarning)
+
+    def _fill(self, device: torch.device, capabilities: Capabilities, plan: PrecisionPlan) -> None:
+        for name, value in {
+            "device": device, "capabilities": capabilities, "plan": plan, "_autocast": None,
+        }.items():  # fmt: skip
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a DeviceContext is immutable: make a new one to change {name!r}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError("a DeviceContext is immutable")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.device, self.capabilities, self.plan)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DeviceContext) and self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash((self.device, self.plan))
+
+    def __repr__(self) -> str:
+        return f"DeviceContext('{self.device}', precision={self.plan.name!r})"
+
+
+def _restore(
+    device: torch.device, capabilities: Capabilities, plan: PrecisionPlan
+) -> DeviceContext:
+    """A context as it was, decided elsewhere: nothing is probed, chosen or told again."""
+    context = DeviceContext.__new__(DeviceContext)
+    context._fill(device, capabilities, plan)
+    return context

@@ -1,0 +1,51 @@
+"""Exceptions and warning categories; each exception is also one of Python's own."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "DeviceError",
+    "DistributedError",
+    "PortableAmpError",
+    "PortableAmpWarning",
+    "PrecisionFallbackWarning",
+    "ScaleCollapseWarning",
+    "StateWarning",
+    "UnsupportedPrecisionError",
+]
+
+
+class PortableAmpError(Exception):
+    """The base of every exception this library raises on purpose."""
+
+
+class DeviceError(PortableAmpError, RuntimeError):
+    """The device does not exist, or this machine does not have it."""
+
+
+class UnsupportedPrecisionError(PortableAmpError, ValueError):
+    """The precision is unknown, or refused because this machine cannot honour it."""
+
+
+class CheckpointError(PortableAmpError, RuntimeError):
+    """The checkpoint cannot be written or read: truncated, unsafe, or not a checkpoint."""
+
+
+class DistributedError(PortableAmpError, RuntimeError):
+    """The launcher's environment is incomplete, or the device has no way to talk to its peers."""
+
+
+class PortableAmpWarning(UserWarning):
+    """The base of every warning this library gives."""
+
+
+class PrecisionFallbackWarning(PortableAmpWarning):
+    """A precision that was asked for is replaced by a safe one."""
+
+
+class ScaleCollapseWarning(PortableAmpWarning):
+    """The loss scale keeps falling: every gradient is infinite or NaN."""
+
+
+class StateWarning(PortableAmpWarning):
+    """Saved state is missing or does not fit this machine, so something starts fresh."""

@@ -1,0 +1,220 @@
+"""Caches, memory statistics, and running out of memory."""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from collections.abc import Callable, Iterable
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+
+from portable_amp.backends import (
+    CPU,
+    CUDA,
+    MPS,
+    XPU,
+    MemoryStats,
+    backend_for,
+    resolve_device,
+    torch_function,
+)
+from portable_amp.errors import PortableAmpError
+from portable_amp.nested import length_of, slice_of
+
+T = TypeVar("T")
+
+
+def memory(device: str | torch.device | None = None) -> MemoryStats:
+    """Bytes allocated, reserved and in all on a device; None where torch cannot tell.
+
+    >>> memory("cpu")
+    MemoryStats(allocated=None, reserved=None, total=None)
+
+    Raises:
+        DeviceError: there is no such device here.
+    """
+    return _stats(resolve_device(device))
+
+
+def clear_cache(
+    device: str | torch.device | None = None, *, min_pressure: float | None = None
+) -> int | None:
+    """Give cached memory of a device back to the system; never raises, whatever torch or machine.
+
+    torch empties its caches by itself before it runs out of memory, and a call in every step slows
+    training down: between training and evaluation is the place, or with `min_pressure`.
+
+    Args:
+        device: None: the best device of this machine.
+        min_pressure: only when torch has reserved at least this part, 0 to 1, of the device's
+            memory; where that cannot be told, not at all.
+
+    Returns:
+        Bytes given back; None where there is nothing to clear or to tell.
+
+    >>> clear_cache("cpu") is None
+    True
+    """
+    try:
+        where = resolve_device(device)
+        empty = torch_function(backend_for(where.type).empty_cache)
+        if empty is None:
+            return None
+        before = _stats(where)
+        if min_pressure is not None and (_pressure(before) or 0.0) < min_pressure:
+            return None
+        empty()
+        after = _stats(where)
+    # A cache is never worth a training run: whatever an old torch or a plugin throws stays here.
+    except Exception:
+        return None
+    if before.reserved is None or after.reserved is None:
+        return None
+    return max(before.reserved - after.reserved, 0)
+
+
+def is_oom_error(error: BaseException) -> bool:
+    """Whether `error` means out of memory, on any device and any torch.
+
+    >>> is_oom_error(RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"))
+    True
+    >>> is_oom_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    False
+    """
+    if isinstance(error, (MemoryError, *_OOM_TYPES)):
+        return True
+    # An accelerator without a row of its own says its own name: "NPU out of memory".
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        " out of memory" in text or any(known in text for known in _OOM_TEXTS)
+    )
+
+
+# torch.OutOfMemoryError came with 2.5; before, it had only its CUDA name.
+_OOM_TYPES = tuple(
+    kind
+    for kind in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError)
+    if kind is not None
+)
+_OOM_TEXTS = tuple(text for row in (CUDA, XPU, MPS, CPU) for text in row.out_of_memory)
+
+# What fitted, by the code of the step: a lambda made anew for each batch is the same step.
+_fitted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def split_on_oom(
+    step: Callable[[Any, float], T],
+    batch: Any,
+    *,
+    parameters: Iterable[torch.Tensor] = (),
+) -> list[T]:
+    """Run `step` on the batch; when memory runs out, on halves of it, whose gradients add up.
+
+    `step(part, weight)` computes one part. Where it trains, it multiplies its mean loss with
+    `weight`, the part's share of the batch, before backward; the sum of the gradients is then the
+    whole batch's. BatchNorm sees the parts, not the batch. The size that fitted is remembered for
+    this step, and the next batch starts with it.
+
+    Args:
+        step: the forward pass, and in training the backward pass; it must not touch the optimizer.
+        batch: a tensor, or tensors nested in dicts, lists and tuples, each (N, ...).
+        parameters: what gets gradients in `step`, so that a backward pass that broke off half-way
+            can be undone. Needed for training only.
+
+    Returns:
+        What `step` returned for each part, in order.
+
+    Raises:
+        PortableAmpError: memory ran out in a backward pass and no parameters were given.
+        Exception: the device's own error, when even a part of one sample does not fit, or when
+            several processes train together, where each must make the same number of passes.
+
+    >>> seen = []
+    >>> def step(part, weight):
+    ...     if len(part) > 2:
+    ...         raise MemoryError
+    ...     seen.append((part.tolist(), weight))
+    >>> _ = split_on_oom(step, torch.arange(4))
+    >>> seen
+    [([0, 1], 0.5), ([2, 3], 0.5)]
+    """
+    total = length_of(batch)
+    key = getattr(step, "__code__", step)
+    size = min(_fitted.get(key, total), total)
+    leaves = [leaf for leaf in parameters if leaf.requires_grad]
+    before = [leaf.grad for leaf in leaves]
+    while True:
+        _set_grads(leaves, [None] * len(leaves))
+        try:
+            done = [
+                step(slice_of(batch, at, at + size), min(size, total - at) / total)
+                for at in range(0, total, size)
+            ]
+            break
+        except BaseException as error:
+            _set_grads(leaves, before)
+            if not is_oom_error(error) or size == 1 or _several_processes():
+                raise
+            if not leaves and _in_backward(error):
+                raise PortableAmpError(
+                    "memory ran out in a backward pass, and gradients may be half-added: give "
+                    "split_on_oom the model's parameters=... so that it can undo them"
+                ) from error
+        # Outside `except`: the error's traceback keeps every tensor of the failed step alive
+        # (pytorch#27600).
+        size = (size + 1) // 2
+        clear_cache()
+    if size < total or key in _fitted:
+        _remember(key, size)
+    _set_grads(leaves, [_sum(old, leaf.grad) for old, leaf in zip(before, leaves)])  # noqa: B905
+    return done
+
+
+def _remember(key: CodeType | Callable[..., Any], size: int) -> None:
+    try:
+        _fitted[key] = size
+    except TypeError:  # a callable object without weak references: found anew for each batch
+        return
+
+
+def _set_grads(leaves: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
+    for leaf, grad in zip(leaves, grads):  # noqa: B905
+        leaf.grad = grad
+
+
+def _sum(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old.add_(new)
+
+
+def _in_backward(error: BaseException) -> bool:
+    return any(
+        frame.name == "backward" and "autograd" in frame.filename
+        for frame in traceback.extract_tb(error.__traceback__)
+    )
+
+
+def _several_processes() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+
+
+def _pressure(stats: MemoryStats) -> float | None:
+    if stats.reserved is None or not stats.total:
+        return None
+    return stats.reserved / stats.total
+
+
+def _stats(device: torch.device) -> MemoryStats:
+    try:
+        return backend_for(device.type).memory(device)
+    # Reading statistics must not end a training run either: 2.9 to 2.12 assert on MPS
+    # (pytorch#186430), and a plugin may lack them.
+    except Exception:
+        return MemoryStats()

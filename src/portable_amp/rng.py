@@ -1,0 +1,86 @@
+"""Seeds, and the state of every random generator a training loop draws from."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from portable_amp.backends import present, torch_function
+from portable_amp.errors import StateWarning
+from portable_amp.notices import tell_once
+
+
+def seed_everything(seed: int) -> int:
+    """Seed Python, NumPy (where it is loaded) and torch on every device; return the seed.
+
+    With several processes, give each its own: `seed_everything(seed + rank)`.
+
+    >>> seed_everything(7)
+    7
+    >>> first = torch.rand(2)
+    >>> _ = seed_everything(7)
+    >>> bool((torch.rand(2) == first).all())
+    True
+
+    Raises:
+        ValueError: the seed is not a whole number from 0 to 2**32 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r}: a whole number from 0 to 2**32 - 1 works here")
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    torch.manual_seed(seed)  # of every device torch knows
+    return seed
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of all those generators, in plain types and tensors that a checkpoint can hold."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        name, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (name, keys.tolist(), int(position), int(has_gauss), float(cached))
+    for row in present():
+        get = torch_function(row.get_rng_state)
+        if get:
+            indexes = range(row.count()) if row.rng_per_device else [None]
+            state[row.device_type] = [get() if i is None else get(i) for i in indexes]
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what `rng_state` gave, on this machine's devices; says once what cannot be restored.
+
+    Raises:
+        ValueError: that is no state of `rng_state`.
+    """
+    if not {"python", "torch"} <= state.keys():
+        raise ValueError(f"not a state of rng_state(): it has only {sorted(state)}")
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if "numpy" in state and "numpy" in sys.modules:
+        name, keys, position, has_gauss, cached = state["numpy"]
+        numpy = sys.modules["numpy"]
+        numpy.random.set_state(
+            (name, numpy.asarray(keys, numpy.uint32), position, has_gauss, cached)
+        )
+    here = {row.device_type: row for row in present()}
+    for device_type in sorted(state.keys() - {"python", "torch", "numpy"}):
+        row = here.get(device_type)
+        put = torch_function(row.set_rng_state) if row else None
+        saved = state[device_type]
+        if row is None or put is None or len(saved) > row.count():
+            tell_once(
+                ("rng", device_type),
+                f"the saved random state of {len(saved)} {device_type} device(s) does not fit this "
+                "machine: what is drawn there will differ from an uninterrupted run.",
+                StateWarning,
+            )
+            continue
+        for index, one in enumerate(saved):
+            put(one.cpu(), *([index] if row.rng_per_device else []))

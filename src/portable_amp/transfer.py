@@ -1,0 +1,78 @@
+"""Moving batches and models to a device, and what a DataLoader should do for it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+from portable_amp.backends import Backend
+from portable_amp.capabilities import Capabilities
+from portable_amp.errors import PrecisionFallbackWarning
+from portable_amp.nested import map_tensors
+from portable_amp.notices import tell_once
+
+
+def to_device(
+    value: Any, device: torch.device, backend: Backend, capabilities: Capabilities
+) -> Any:
+    """`value` on `device`: a module, moved in place as in torch, or tensors nested in containers.
+
+    Copies are asynchronous only from page-locked memory to a device that keeps them in order. On a
+    device without float64, float64 tensors become float32, and that is said once.
+    """
+
+    def narrow(tensor: torch.Tensor) -> torch.Tensor:
+        if capabilities.float64 is not False or tensor.dtype is not torch.float64:
+            return tensor
+        tell_once(
+            ("float64", device.type),
+            f"{device.type} has no float64: such tensors are moved there as float32.",
+            PrecisionFallbackWarning,
+        )
+        return tensor.to(torch.float32)
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        asynchronous = backend.pins_memory and tensor.is_pinned()
+        return narrow(tensor).to(device, non_blocking=asynchronous)
+
+    if isinstance(value, torch.nn.Module):
+        for held in (*value.parameters(), *value.buffers()):
+            held.data = narrow(held.data)
+        return value.to(device)
+    return map_tensors(move, value)
+
+
+def loader_options(backend: Backend, num_workers: int, seed: int | None) -> dict[str, Any]:
+    """Arguments for a DataLoader that feeds this kind of device; see `DeviceContext`."""
+    options: dict[str, Any] = {
+        "num_workers": num_workers,
+        # Pinning for a device that does not read page-locked memory only warns and wastes time.
+        "pin_memory": backend.pins_memory,
+        "worker_init_fn": seed_worker,
+        "persistent_workers": num_workers > 0,
+    }
+    if seed is not None:
+        options["generator"] = torch.Generator().manual_seed(seed)
+    return options
+
+
+def seed_worker(worker_id: int) -> None:
+    """Give a DataLoader worker random states of its own, those of its data set included.
+
+    A data set with a method `set_random_seed(seed: int)` gets its worker's seed through it, also
+    inside Subset and its like. Libraries with generators of their own need that: every worker gets
+    a copy of the same one, and would draw the same augmentations.
+    """
+    seed = torch.initial_seed() % 2**32  # torch gives each worker, in each epoch, another one
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    info = torch.utils.data.get_worker_info()
+    dataset: Any = info.dataset if info else None
+    while dataset is not None:
+        if hasattr(dataset, "set_random_seed"):
+            dataset.set_random_seed(seed)
+        dataset = getattr(dataset, "dataset", None)
