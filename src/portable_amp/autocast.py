@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from portable_amp.backends import backend_for, parse_device, resolve_device
-from portable_amp.capabilities import Support, probe
+from portable_amp.capabilities import Capabilities, Support, probe
 from portable_amp.errors import PrecisionFallbackWarning
 from portable_amp.notices import tell_once
 from portable_amp.precision import choose
@@ -37,7 +37,7 @@ class Autocast(torch.autocast):
 
     def __enter__(self) -> Any:
         if torch.compiler.is_compiling():  # traced, not run: there is nothing to restore
-            super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]
             return self
         region = torch.autocast.__new__(torch.autocast)
         region.__dict__.update(self.__dict__)
@@ -75,7 +75,7 @@ class Autocast(torch.autocast):
             )
         if inspect.isgeneratorfunction(func):
             return _decorate_generator(self, func)
-        decorated: Callable[..., Any] = super().__call__(func)
+        decorated: Callable[..., Any] = super().__call__(func)  # type: ignore[no-untyped-call]
         return decorated
 
 
@@ -155,28 +155,13 @@ def _decide(
     device_type: str | torch.device | None, dtype: torch.dtype | None, enabled: bool
 ) -> tuple[str, torch.dtype | None, bool] | None:
     """The arguments for torch.autocast, or None where it is to be left alone."""
-    if device_type is not None:
-        return _decide_named(device_type, dtype, enabled)
-    device = resolve_device()
-    if dtype is not None:
-        return _decide_named(device, dtype, enabled)
-    plan = choose("auto", probe(device))
-    return device.type, plan.dtype if plan.autocast else None, enabled and plan.autocast
-
-
-# torch.compile traces maybe_autocast; the decision is a constant to it, taken while tracing. This
-# is what torch.compiler.assume_constant_result sets (2.4 to 2.15); calling that imports Dynamo.
-_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _decide_named(
-    device_type: str | torch.device, dtype: torch.dtype | None, enabled: bool
-) -> tuple[str, torch.dtype | None, bool] | None:
-    device = parse_device(device_type)
-    kind = device.type
-    count = backend_for(kind).count()
-    capabilities = probe(device if (device.index or 0) < count else kind) if count else None
+    if device_type is None:
+        device_type = resolve_device()
+        if dtype is None:
+            plan = choose("auto", probe(device_type))
+            dtype = plan.dtype if plan.autocast else None
+            enabled = enabled and plan.autocast
+    kind, capabilities = _look_up(device_type)
     if capabilities is None or not capabilities.autocast:
         if enabled:
             why = (
@@ -186,9 +171,10 @@ def _decide_named(
             )
             _tell(kind, f"maybe_autocast({kind!r}) does nothing: {why}")
         return None
-    wanted = torch.get_autocast_dtype(kind) if dtype is None else dtype
     if not enabled:
         return kind, dtype, False
+    # As in torch, the default is asked for now: inside a region it is that region's dtype.
+    wanted = torch.get_autocast_dtype(kind) if dtype is None else dtype
     if wanted is torch.float32:
         return kind, wanted, capabilities.autocast_float32
     if wanted not in (torch.float16, torch.bfloat16):
@@ -199,6 +185,21 @@ def _decide_named(
         return kind, wanted, True
     _tell((kind, wanted), f"maybe_autocast({kind!r}, {wanted}) computes in float32: {why}")
     return kind, None, False
+
+
+# torch.compile traces maybe_autocast; the decision is a constant to it, taken while tracing. This
+# is what torch.compiler.assume_constant_result sets (2.4 to 2.15); calling that imports Dynamo.
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _look_up(device_type: str | torch.device) -> tuple[str, Capabilities | None]:
+    """The device type, and what it can do; None where this machine has none."""
+    device = parse_device(device_type)
+    count = backend_for(device.type).count()
+    if not count:
+        return device.type, None
+    return device.type, probe(device if (device.index or 0) < count else device.type)
 
 
 def _tell(subject: object, message: str) -> None:

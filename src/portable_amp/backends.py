@@ -194,28 +194,32 @@ def _memory_mps(device: torch.device) -> MemoryStats:
 # --- CPU -------------------------------------------------------------------------------------
 
 
-def _cpu_features() -> frozenset[str]:
-    """What the processor can do, in torch's spelling; empty where nobody tells."""
+def _cpu_name_and_features() -> tuple[str, frozenset[str]]:
+    """What the processor is and can do, in torch's spelling; no features where nobody tells."""
     ask = torch_function("cpu.get_capabilities")  # torch 2.11+
     if ask:
-        return frozenset(name for name, value in ask().items() if value is True)
+        told = ask()
+        features = frozenset(name for name, value in told.items() if value is True)
+        return str(told.get("cpu_name") or platform.machine() or "CPU"), features
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return frozenset()
+        text = ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    # Linux and torch spell the same features differently here and there; only these matter.
-    renamed = {"avx512fp16": "avx512_fp16"}
-    return frozenset(renamed.get(flag, flag) for flag in (flags[1] if flags else "").split())
+    # Linux and torch spell this one differently.
+    features = frozenset((flags[1] if flags else "").replace("avx512fp16", "avx512_fp16").split())
+    return name[1].strip() if name else platform.machine() or "CPU", features
 
 
 def _read_cpu(device: torch.device) -> Hardware:
+    name, features = _cpu_name_and_features()
     return Hardware(
         "cpu",
-        platform.processor() or platform.machine() or "CPU",
+        name,
         torch_version(),
         autocast=torch.amp.is_autocast_available("cpu"),
-        cpu_features=_cpu_features(),
+        cpu_features=features,
         float64=True,
     )
 
@@ -357,7 +361,8 @@ CPU = Backend(
     ),
 )
 
-_KNOWN = {row.device_type: row for row in (CUDA, XPU, MPS, CPU)}
+BACKENDS = (CUDA, XPU, MPS, CPU)
+"""Every row, in order of preference; accelerators without a row come before the CPU."""
 
 
 def _vendor_types() -> tuple[str, ...]:
@@ -371,12 +376,16 @@ def _vendor_types() -> tuple[str, ...]:
 
 def backend_for(device_type: str) -> Backend:
     """The row of one device type; a generic one where none was written."""
-    return _KNOWN.get(device_type) or _generic(device_type)
+    for row in BACKENDS:
+        if row.device_type == device_type:
+            return row
+    return _generic(device_type)
 
 
 def present() -> tuple[Backend, ...]:
     """The rows of what this machine has, best first; the CPU is always there, and last."""
-    candidates = (CUDA, XPU, MPS, *(_generic(name) for name in _vendor_types()), CPU)
+    *accelerators, cpu = BACKENDS
+    candidates = (*accelerators, *map(_generic, _vendor_types()), cpu)
     return tuple(row for row in candidates if row.count() > 0)
 
 
@@ -393,7 +402,7 @@ def parse_device(value: str | torch.device) -> torch.device:
             return torch.device(value)
         except (RuntimeError, ValueError):
             pass
-    names = [*_KNOWN, *_vendor_types()]
+    names = [*(row.device_type for row in BACKENDS), *_vendor_types()]
     close = difflib.get_close_matches(str(value).split(":")[0].lower(), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise DeviceError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not target.is_file():
         raise CheckpointError(f"there is no checkpoint {str(target)!r}")
     try:
-        loaded = torch.load(target, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch muses about pickles that it then refuses
+            loaded = torch.load(target, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         why = (
             "it holds Python objects whose code would run on loading, and is refused"

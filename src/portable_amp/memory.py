@@ -5,16 +5,12 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections.abc import Callable, Iterable
-from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 
 from portable_amp.backends import (
-    CPU,
-    CUDA,
-    MPS,
-    XPU,
+    BACKENDS,
     MemoryStats,
     backend_for,
     resolve_device,
@@ -98,10 +94,11 @@ _OOM_TYPES = tuple(
     for kind in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError)
     if kind is not None
 )
-_OOM_TEXTS = tuple(text for row in (CUDA, XPU, MPS, CPU) for text in row.out_of_memory)
+_OOM_TEXTS = tuple(text for row in BACKENDS for text in row.out_of_memory)
 
-# What fitted, by the code of the step: a lambda made anew for each batch is the same step.
-_fitted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+# The size that fitted: by object and name for a method, else by code, for a lambda made anew for
+# each batch is the same step.
+_fitted: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
 def split_on_oom(
@@ -141,8 +138,9 @@ def split_on_oom(
     [([0, 1], 0.5), ([2, 3], 0.5)]
     """
     total = length_of(batch)
-    key = getattr(step, "__code__", step)
-    size = min(_fitted.get(key, total), total)
+    fitted = _fitted_by(step)
+    name = getattr(step, "__name__", "")
+    size = min(fitted.get(name, total), total)
     leaves = [leaf for leaf in parameters if leaf.requires_grad]
     before = [leaf.grad for leaf in leaves]
     while True:
@@ -166,17 +164,18 @@ def split_on_oom(
         # (pytorch#27600).
         size = (size + 1) // 2
         clear_cache()
-    if size < total or key in _fitted:
-        _remember(key, size)
+    if size < total:
+        fitted[name] = size
     _set_grads(leaves, [_sum(old, leaf.grad) for old, leaf in zip(before, leaves)])  # noqa: B905
     return done
 
 
-def _remember(key: CodeType | Callable[..., Any], size: int) -> None:
+def _fitted_by(step: Callable[..., Any]) -> dict[str, int]:
+    owner = getattr(step, "__self__", None) or getattr(step, "__code__", step)
     try:
-        _fitted[key] = size
-    except TypeError:  # a callable object without weak references: found anew for each batch
-        return
+        return _fitted.setdefault(owner, {})
+    except TypeError:  # no hash or no weak references: the size is found anew for each batch
+        return {}
 
 
 def _set_grads(leaves: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:

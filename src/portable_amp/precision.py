@@ -17,7 +17,7 @@ Precision = str | bool | int | torch.dtype | None
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # The spellings of torch, accelerate, Lightning and timm.
-_SPELLINGS: dict[object, str] = {
+SPELLINGS: dict[object, str] = {
     "auto": "auto", True: "auto", None: "auto",
     "fp32": "fp32", "float32": "fp32", "32": "fp32", "32-true": "fp32", "no": "fp32",
     "fp16": "fp16", "float16": "fp16", "16": "fp16", "16-mixed": "fp16", "half": "fp16",
@@ -68,7 +68,7 @@ def parse_precision(value: Precision) -> str:
     key = value.strip().lower() if isinstance(value, str) else value
     # True == 1 in a dict, so a bare 1 or 0 would slip in as a bool.
     if isinstance(key, (str, bool, torch.dtype)) or key is None or key in (16, 32):
-        found = _SPELLINGS.get(key)
+        found = SPELLINGS.get(key)
         if found:
             return found
     if key in ("16-true", "bf16-true", "transformer-engine"):

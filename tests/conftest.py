@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import support
+
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts with nothing told, no settings, and leaves autocast as it found it."""
+    for name in support.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    support.forget()
+    yield
+    support.forget()
+    for kind in ("cpu", "cuda", "mps", "xpu"):
+        assert not torch.is_autocast_enabled(kind), f"a test left {kind} autocast on"

@@ -1,0 +1,85 @@
+"""What only a CUDA (or ROCm) device can show; skipped, by name, without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from portable_amp import (
+    DeviceContext,
+    ScalerShim,
+    is_oom_error,
+    load_checkpoint,
+    save_checkpoint,
+    split_on_oom,
+)
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; torch.cuda.is_available() is False"
+)
+
+
+def test_the_allocators_own_error_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, device="cuda")
+    assert is_oom_error(caught.value)
+
+
+def test_a_batch_that_does_not_fit_is_split_for_real() -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    weight = torch.ones(1, device="cuda", requires_grad=True)
+    x = torch.ones(16, 1, device="cuda")
+    columns = free // 4 // 16 * 2  # twice what the device has left, for the whole batch
+
+    def step(part: torch.Tensor, share: float) -> None:
+        ((part * weight).expand(-1, columns).clone().mean() * share).backward()
+
+    parts = split_on_oom(step, x, parameters=[weight])
+    assert len(parts) > 1
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.item(), 1.0)
+
+
+def test_clearing_gives_memory_back() -> None:
+    ctx = DeviceContext("cuda", precision="fp32")
+    held = torch.empty(2**26, device=ctx.device)
+    del held
+    freed = ctx.clear_cache()
+    assert freed is not None
+    assert freed >= 2**28
+
+
+def train(scaler: torch.amp.GradScaler, factors: list[float], fused: bool) -> list[object]:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8, device="cuda", requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    seen: list[object] = []
+    for factor in factors:
+        scaler.scale((weight * weight).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        seen.append((weight.detach().cpu().numpy().tobytes(), scaler.get_scale()))
+    return seen
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_shim_is_torchs_scaler_bit_for_bit(fused: bool) -> None:
+    factors = [1.0, float("inf"), 3e-5, float("nan"), 1.0, 1.0]
+    expected = train(torch.amp.GradScaler("cuda"), factors, fused)
+    assert train(ScalerShim("cuda", enabled=True), factors, fused) == expected
+
+
+def test_scaler_state_goes_over_the_cpu_and_back(tmp_path: Path) -> None:
+    gpu = ScalerShim("cuda", enabled=True)
+    train(gpu, [float("inf"), 1.0], fused=False)
+    save_checkpoint(tmp_path / "c.pt", {"scaler": gpu.state_dict()})
+    cpu = ScalerShim("cpu")
+    cpu.load_state_dict(load_checkpoint(tmp_path / "c.pt")["scaler"])
+    save_checkpoint(tmp_path / "c.pt", {"scaler": cpu.state_dict()})
+    back = ScalerShim("cuda", enabled=True)
+    back.load_state_dict(load_checkpoint(tmp_path / "c.pt")["scaler"])
+    assert back.get_scale() == 32768.0

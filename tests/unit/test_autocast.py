@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from portable_amp import DeviceContext, DeviceError, PrecisionFallbackWarning, maybe_autocast
+from portable_amp.autocast import Autocast, NoAutocast
+from support import playing
+
+BF16 = torch.bfloat16
+
+
+def product() -> torch.dtype:
+    return torch.ones(2, 2).mm(torch.ones(2, 2)).dtype
+
+
+def on(kind: str = "cpu") -> bool:
+    return torch.is_autocast_enabled(kind)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("cpu", BF16),
+        (torch.device("cpu"), BF16),
+        ("cpu:0", BF16),
+        ("cpu",),
+        ("cpu", None, True, True),
+    ],
+    ids=str,
+)
+def test_it_is_torchs_autocast_by_position(arguments: tuple[object, ...]) -> None:
+    with maybe_autocast(*arguments) as entered:  # type: ignore[arg-type]
+        assert product() is BF16
+    assert isinstance(entered, torch.autocast)
+    assert product() is torch.float32
+
+
+def test_the_default_dtype_inside_a_region_is_that_regions() -> None:
+    for dtype in (torch.float16, BF16):
+        for make in (torch.autocast, maybe_autocast):
+            with torch.autocast("cpu", dtype), make("cpu"):
+                assert product() is dtype
+
+
+def test_cache_enabled_is_passed_on() -> None:
+    with maybe_autocast("cpu", BF16, cache_enabled=False):
+        assert not torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_disabled_means_float32_inside_an_enabled_region() -> None:
+    with maybe_autocast("cpu", BF16):
+        with maybe_autocast("cpu", enabled=False):
+            assert product() is torch.float32
+        with maybe_autocast("cpu", dtype=torch.float32):
+            assert product() is torch.float32
+        assert product() is BF16
+
+
+def test_one_instance_nested_in_itself_does_not_leak() -> None:
+    region = maybe_autocast("cpu", BF16)
+    with region:
+        with region, region:
+            assert on()
+        assert on()
+    assert not on()
+
+
+def test_torchs_own_instance_does_leak() -> None:
+    """The reason for the test above; the day this fails, the workaround can go."""
+    region = torch.autocast("cpu", BF16)
+    with region, region:
+        pass
+    leaked = on()
+    torch.set_autocast_enabled("cpu", False)
+    assert leaked
+
+
+def test_recursion_through_the_decorator() -> None:
+    @maybe_autocast("cpu", BF16)
+    def descend(depth: int) -> torch.dtype:
+        return descend(depth - 1) if depth else product()
+
+    assert descend(3) is BF16
+    assert not on()
+
+
+def test_state_is_restored_after_exceptions() -> None:
+    region = maybe_autocast("cpu", BF16)
+    with pytest.raises(ZeroDivisionError), region, region:
+        raise ZeroDivisionError
+    assert not on()
+
+
+def test_threads_share_an_instance() -> None:
+    region, errors = maybe_autocast("cpu", BF16), []
+    barrier = threading.Barrier(4)
+
+    def work() -> None:
+        for _ in range(50):
+            barrier.wait()
+            with region:
+                barrier.wait()
+                if product() is not BF16:
+                    errors.append("off inside")
+            if on():
+                errors.append("on outside")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_leaving_in_another_thread_is_an_error() -> None:
+    region = maybe_autocast("cpu", BF16)
+    failed = []
+
+    def leave() -> None:
+        with pytest.raises(RuntimeError, match="not entered in this thread"):
+            region.__exit__(None, None, None)
+        failed.append(True)
+
+    with region:
+        thread = threading.Thread(target=leave)
+        thread.start()
+        thread.join()
+    assert failed
+
+
+def test_interleaved_generators_leave_nothing_behind() -> None:
+    def region() -> Iterator[bool]:
+        with maybe_autocast("cpu", BF16):
+            yield on()
+
+    first, second = region(), region()
+    assert next(first)
+    assert next(second)
+    assert not list(first)
+    assert on()  # the second is still inside
+    assert not list(second)
+    assert not on()
+    with torch.autocast("cpu", BF16):  # nesting is balanced: the weight cache is cleared at the end
+        assert torch.autocast_increment_nesting() == 2
+        torch.autocast_decrement_nesting()
+
+
+def test_interleaved_regions_of_two_device_types() -> None:
+    with playing("m2-macos14"):
+        cpu, mps = maybe_autocast("cpu", BF16), maybe_autocast("mps", torch.float16)
+        cpu.__enter__()
+        mps.__enter__()
+        cpu.__exit__(None, None, None)
+        assert (on("cpu"), on("mps")) == (False, True)
+        mps.__exit__(None, None, None)
+        assert (on("cpu"), on("mps")) == (False, False)
+
+
+def test_a_decorated_generator_computes_under_autocast_and_its_consumer_does_not() -> None:
+    @maybe_autocast("cpu", BF16)
+    def batches() -> Iterator[torch.dtype]:
+        sent = yield product()
+        assert sent == "more"
+        try:
+            yield product()
+        except KeyError:
+            yield product()
+
+    running = batches()
+    assert next(running) is BF16
+    assert not on()
+    assert running.send("more") is BF16  # type: ignore[attr-defined]
+    assert running.throw(KeyError()) is BF16  # type: ignore[attr-defined]
+    assert list(running) == []
+    early = batches()
+    next(early)
+    early.close()  # type: ignore[attr-defined]
+    assert not on()
+
+
+def test_a_generators_return_value_survives() -> None:
+    @maybe_autocast("cpu", BF16)
+    def work() -> Iterator[int]:
+        yield 1
+        return 7
+
+    def outer() -> Iterator[int]:
+        assert (yield from work()) == 7
+
+    assert list(outer()) == [1]
+
+
+def test_coroutines_are_refused() -> None:
+    with pytest.raises(TypeError, match="coroutine 'work'"):
+
+        @maybe_autocast("cpu", BF16)
+        async def work() -> None: ...
+
+
+def test_no_device_no_autocast_and_one_word_about_it() -> None:
+    with pytest.warns(PrecisionFallbackWarning, match="no cuda device") as caught:
+        region = maybe_autocast("cuda")
+        again = maybe_autocast("cuda")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert isinstance(region, NoAutocast)
+    with region as entered, again:
+        assert not on("cuda")
+    assert entered is region
+    assert region(product)() is torch.float32
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu", "hpu", "mtia", "meta", "vulkan", "cuda:0"])
+def test_never_a_crash_and_never_a_false_on(kind: str) -> None:
+    with pytest.warns(PrecisionFallbackWarning), maybe_autocast(kind):
+        assert not torch.is_autocast_enabled()
+
+
+def test_asking_for_nothing_where_there_is_nothing_is_silent() -> None:
+    with maybe_autocast("cuda", enabled=False):
+        pass
+
+
+def test_a_dtype_that_autocast_lacks() -> None:
+    with (
+        pytest.warns(PrecisionFallbackWarning, match="computes in float32"),
+        maybe_autocast("cpu", torch.float64),
+    ):
+        assert not on()
+
+
+def test_a_dtype_that_is_wrong_on_this_device() -> None:
+    with (
+        playing("gtx1660"),
+        pytest.warns(PrecisionFallbackWarning, match="NaN on GTX 16xx"),
+        maybe_autocast("cuda", torch.float16),
+    ):
+        assert not on("cuda")
+
+
+def test_float32_is_a_dtype_of_cuda_autocast() -> None:
+    with playing("a100"), maybe_autocast("cuda", torch.float32):
+        assert on("cuda")
+        assert torch.get_autocast_dtype("cuda") is torch.float32
+
+
+def test_unknown_devices_are_errors() -> None:
+    with pytest.raises(DeviceError, match="Did you mean 'cuda'"):
+        maybe_autocast("cudda")
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "dtype"),
+    [("t4", "cuda", torch.float16), ("a100", "cuda", BF16), ("cpu", "cpu", None)],
+)
+def test_without_arguments_it_follows_the_automatic_plan(
+    key: str, kind: str, dtype: torch.dtype | None
+) -> None:
+    with playing(key), maybe_autocast():
+        assert on(kind) is (dtype is not None)
+        if dtype:
+            assert torch.get_autocast_dtype(kind) is dtype
+
+
+def test_a_context_in_fp32_computes_in_fp32_inside_an_enabled_region() -> None:
+    ctx = DeviceContext("cpu", precision="fp32")
+    with torch.autocast("cpu", BF16), ctx.autocast():
+        assert product() is torch.float32
+
+
+def test_a_context_gives_one_region_that_can_be_nested() -> None:
+    with playing("cpu-avx512bf16"):
+        ctx = DeviceContext("cpu", precision="bf16")
+        assert ctx.autocast() is ctx.autocast()
+        with ctx.autocast(), ctx.autocast():
+            assert product() is BF16
+        assert not on()
+
+
+def compiled_dtype(function: object) -> torch.dtype:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        # Dynamo's own imports may warn on some versions; what is tested is fullgraph and the dtype.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        whole = torch.compile(function, fullgraph=True, backend="eager")  # type: ignore[call-overload]
+        return whole(torch.ones(2, 2)).dtype  # type: ignore[no-any-return]
+
+
+def test_inside_a_compiled_graph() -> None:
+    outside = maybe_autocast("cpu", BF16)
+    absent = maybe_autocast("cuda", enabled=False)
+    with playing("cpu-avx512bf16"):
+        ctx = DeviceContext("cpu", precision="bf16")
+
+    def made_inside(x: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast("cpu", BF16):
+            return x.mm(x)
+
+    def made_outside(x: torch.Tensor) -> torch.Tensor:
+        with outside:
+            return x.mm(x)
+
+    @outside
+    def decorated(x: torch.Tensor) -> torch.Tensor:
+        return x.mm(x)
+
+    def of_a_context(x: torch.Tensor) -> torch.Tensor:
+        with ctx.autocast():
+            return x.mm(x)
+
+    def automatic(x: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast():
+            return x.mm(x)
+
+    def nothing(x: torch.Tensor) -> torch.Tensor:
+        with absent:
+            return x.mm(x)
+
+    for function in (made_inside, made_outside, decorated, of_a_context):
+        assert compiled_dtype(function) is BF16, function.__name__
+        assert not on()
+    for function in (automatic, nothing):
+        assert compiled_dtype(function) is torch.float32, function.__name__
+
+
+def test_regions_are_their_own_class() -> None:
+    assert type(maybe_autocast("cpu", BF16)) is Autocast

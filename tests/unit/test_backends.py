@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import logging
+import types
+import warnings
+
+import pytest
+import torch
+
+from portable_amp import DeviceContext, DeviceError, backends, choose, clear_cache, probe
+from portable_amp.backends import MemoryStats, parse_device, present, resolve_device
+from support import playing
+
+
+def test_the_cpu_is_always_there_and_last() -> None:
+    assert present()[-1].device_type == "cpu"
+    with playing("t4"):
+        assert [row.device_type for row in present()] == ["cuda", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"), [("t4", "cuda:0"), ("m2-macos14", "mps:0"), ("arc-a770", "xpu:0")]
+)
+def test_the_best_device_present_is_chosen(key: str, expected: str) -> None:
+    with playing(key):
+        assert str(resolve_device()) == expected
+
+
+def test_told_wins_over_the_environment_which_wins_over_the_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with playing("t4", count=2):
+        assert str(resolve_device()) == "cuda:0"
+        monkeypatch.setenv("PORTABLE_AMP_DEVICE", "cuda:1")
+        assert str(resolve_device()) == "cuda:1"
+        assert str(resolve_device("cpu")) == "cpu"
+        assert str(DeviceContext().device) == "cuda:1"
+
+
+def test_the_environment_is_named_where_it_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTABLE_AMP_DEVICE", "cuda:1")
+    with playing("t4"), pytest.raises(DeviceError, match=r"\(from \$PORTABLE_AMP_DEVICE\)"):
+        resolve_device()
+
+
+@pytest.mark.parametrize(("local_rank", "count", "index"), [("1", 2, 1), ("3", 1, 0), ("", 2, 0)])
+def test_each_rank_takes_its_own_device(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str, count: int, index: int
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with playing("a100", count=count):
+        assert resolve_device().index == index
+        assert resolve_device("cuda").index == index
+        assert resolve_device("cuda:0").index == 0
+
+
+def test_a_rank_without_a_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with playing("a100", count=2), pytest.raises(DeviceError, match="'cuda:2' is not available"):
+        resolve_device()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("cuda:3", r"'cuda:3' is not available: 1 cuda device. This machine has: cuda:0, cpu."),
+        ("mps", r"'mps' is not available: this machine has no mps device"),
+        ("cpu:1", "the CPU is one device"),
+        ("cudda", "Did you mean 'cuda'"),
+        ("", "'' is not a device torch knows"),
+        ("größe:1", "not a device torch knows"),
+        (7, "7 is not a device"),
+        (None, None),
+    ],
+)
+def test_messages_say_what_was_given_and_what_works(asked: object, message: str | None) -> None:
+    with playing("t4"):
+        if message is None:
+            assert str(resolve_device(None)) == "cuda:0"
+            return
+        with pytest.raises(DeviceError, match=message):
+            resolve_device(asked)  # type: ignore[arg-type]
+
+
+def test_torch_devices_are_taken_as_they_are() -> None:
+    assert parse_device(torch.device("mps")) == torch.device("mps")
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+
+
+class _Vendor(types.ModuleType):
+    """What a vendor registers as torch.<device type>."""
+
+    def __init__(self, **answers: object) -> None:
+        super().__init__("torch.hpu")
+        self.emptied = 0
+        for name, answer in answers.items():
+            setattr(self, name, lambda *args, answer=answer: answer)
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
+
+
+def test_a_vendors_accelerator_is_used_through_the_generic_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vendor = _Vendor(
+        is_available=True,
+        device_count=2,
+        get_device_name="Gaudi",
+        get_amp_supported_dtype=[torch.bfloat16],
+        memory_allocated=1,
+        memory_reserved=5,
+        mem_get_info=(3, 9),
+    )
+    monkeypatch.setattr(torch, "hpu", vendor, raising=False)
+    assert str(resolve_device()) == "hpu:0"
+    can = probe("hpu:1")
+    assert choose("bf16", can).name == "bf16"
+    assert choose("fp16", can).name == "fp32"
+    auto = choose("auto", can)
+    assert auto.name == "fp32"
+    assert "only by what its torch module says" in auto.reason
+    ctx = DeviceContext("hpu", precision="bf16")
+    assert ctx.memory() == MemoryStats(allocated=1, reserved=5, total=9)
+    assert ctx.clear_cache() == 0
+    assert vendor.emptied == 1
+
+
+def test_a_vendors_module_that_says_little_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "hpu", _Vendor(is_available=True, device_count=1), raising=False)
+    ctx = DeviceContext("hpu")
+    assert ctx.plan.name == "fp32"
+    assert ctx.memory() == MemoryStats()
+    assert clear_cache("hpu") is None
+
+
+def test_a_vendors_module_that_fails_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "hpu", types.ModuleType("torch.hpu"), raising=False)
+    assert "hpu" not in [row.device_type for row in present()]
+
+
+def test_a_broken_driver_is_told_once_and_not_by_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> bool:
+        warnings.warn("CUDA initialization: driver too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    with caplog.at_level(logging.WARNING):
+        assert backends.CUDA.count() == 0
+        assert backends.CUDA.count() == 0
+    assert [record.message for record in caplog.records] == [
+        "cuda is not usable: CUDA initialization: driver too old"
+    ]
+
+
+def test_cpu_features_on_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    text = "model name\t: Some CPU @ 2 GHz\nflags\t\t: fpu avx512_bf16 avx512fp16\n"
+    monkeypatch.setattr(backends.Path, "read_text", lambda self, **kwargs: text)
+    assert backends._cpu_name_and_features() == (
+        "Some CPU @ 2 GHz",
+        {"fpu", "avx512_bf16", "avx512_fp16"},
+    )
+
+
+def test_cpu_features_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+
+    def absent(self: object, **kwargs: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(backends.Path, "read_text", absent)
+    assert backends._cpu_name_and_features()[1] == set()

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import logging
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from portable_amp import DeviceContext, PrecisionFallbackWarning, UnsupportedPrecisionError
+from support import playing
+
+
+@pytest.mark.parametrize(
+    ("key", "lines"),
+    [
+        ("a100", ["Device: cuda:0", "Mixed precision: enabled", "Autocast device type: cuda"]),
+        (
+            "m2-macos14",
+            ["Device: mps:0", "Mixed precision: disabled", "Autocast device type: None"],
+        ),
+        ("cpu", ["Device: cpu", "Mixed precision: disabled", "Autocast device type: None"]),
+    ],
+)
+def test_the_three_lines(key: str, lines: list[str]) -> None:
+    with playing(key):
+        ctx = DeviceContext(precision=True)
+        assert ctx.summary().splitlines() == lines
+        assert ctx.explain().splitlines()[:3] == lines
+
+
+def test_explain_tells_every_decision() -> None:
+    with playing("t4"):
+        text = DeviceContext().explain()
+    for words in (
+        "Precision: fp16, asked for 'auto': fp16 is native here and bf16 is not",
+        "Seen: Tesla T4, compute capability 7.5",
+        'DeviceContext(precision="fp32" | "bf16")',
+        "Gradient scaler: on",
+        "Cache: torch.cuda.empty_cache()",
+        "Copies: asynchronous from pinned memory",
+        "Several processes: nccl",
+        "$PORTABLE_AMP_DEVICE",
+    ):
+        assert words in text
+
+
+def test_automatic_precision_that_is_off_is_told_once_and_is_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with playing("m2-macos14"), caplog.at_level(logging.WARNING):
+        DeviceContext()
+        DeviceContext(precision=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "mps:0: mixed precision is off, computing in fp32: "
+        "torch's autocast covers only part of its operations on MPS."
+    ]
+
+
+def test_where_mixed_precision_is_on_or_was_not_wanted_nothing_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with playing("a100"), caplog.at_level(logging.WARNING):
+        DeviceContext()
+        DeviceContext(precision="fp16")
+        DeviceContext("cpu", precision="fp32")
+    assert not caplog.records
+
+
+def test_a_request_that_is_not_honoured_warns_once_per_device_and_request() -> None:
+    with playing("t4", count=2), pytest.warns(PrecisionFallbackWarning) as caught:
+        for _ in range(3):
+            assert DeviceContext("cuda:0", precision="bf16").plan.name == "fp32"
+            assert DeviceContext("cuda:1", precision="bf16-mixed").plan.name == "fp32"
+    assert [str(warning.message) for warning in caught] == [
+        f"precision='bf16' on cuda:{index} becomes fp32: "
+        "bf16 is emulated on this device, slower than fp32; fp16 works here."
+        for index in (0, 1)
+    ]
+    assert caught[0].filename == __file__
+
+
+def test_only_the_first_rank_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with playing("t4"):
+        assert DeviceContext(precision="bf16").plan.fell_back  # warnings are errors in these tests
+
+
+def test_a_refusal_instead_of_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with playing("t4"):
+        with pytest.raises(UnsupportedPrecisionError, match="fp16 works here"):
+            DeviceContext(precision="bf16", unsupported="raise")
+        DeviceContext(precision="fp16", unsupported="raise")
+        DeviceContext(precision="auto", unsupported="raise")
+    for value, strict in {"1": True, "true": True, "0": False, "": False}.items():
+        monkeypatch.setenv("PORTABLE_AMP_STRICT", value)
+        expected = UnsupportedPrecisionError if strict else PrecisionFallbackWarning
+        with playing("t4"), pytest.raises(expected):
+            DeviceContext(precision="bf16")
+
+
+def test_a_third_way_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="'fallback' or 'raise'"):
+        DeviceContext(unsupported="ignore")
+
+
+def test_it_is_immutable() -> None:
+    ctx = DeviceContext("cpu")
+    with pytest.raises(AttributeError, match="immutable"):
+        ctx.device = torch.device("meta")
+    with pytest.raises(AttributeError, match="immutable"):
+        del ctx.plan
+
+
+def test_it_pickles_and_compares(caplog: pytest.LogCaptureFixture) -> None:
+    with playing("m2-macos14"):
+        ctx = DeviceContext(precision="fp16")
+    with caplog.at_level(logging.WARNING):
+        twin = pickle.loads(pickle.dumps(ctx))  # on a machine without MPS: nothing is decided anew
+    assert not caplog.records
+    assert twin == ctx
+    assert hash(twin) == hash(ctx)
+    assert twin != DeviceContext("cpu", precision="fp32")
+    assert twin != "mps"
+    assert repr(twin) == "DeviceContext('mps:0', precision='fp16')"
+
+
+def test_synchronize_asks_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: asked.append("mps"))
+    with playing("m2-macos14"):
+        DeviceContext().synchronize()
+    DeviceContext("cpu").synchronize()
+    assert asked == ["mps"]
+
+
+def test_without_processes_a_context_agrees_with_itself() -> None:
+    ctx = DeviceContext("cpu", precision="fp32")
+    assert ctx.agreed() is ctx
+
+
+def test_import_is_silent_and_decides_nothing() -> None:
+    code = (
+        "import sys, os, logging, torch\n"
+        "def refuse(*a, **k): raise AssertionError('asked at import')\n"
+        "torch.cuda.is_available = torch.backends.mps.is_available = refuse\n"
+        "torch.xpu.is_available = torch.get_device_module = refuse\n"
+        "before = dict(os.environ)\n"
+        "type(os.environ).__getitem__ = refuse\n"
+        "import portable_amp\n"
+        "assert 'numpy' not in portable_amp.__dict__\n"
+        "for heavy in ('hypothesis', 'portable_amp.testing', 'portable_amp.cli'):\n"
+        "    assert heavy not in sys.modules, heavy\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from portable_amp import DistributedError, Ranks, init_distributed, ranks
+from support import playing
+
+
+def test_one_process_needs_no_launcher() -> None:
+    assert ranks() == Ranks(0, 0, 1)
+    assert ranks().is_main
+    assert init_distributed("cpu") == Ranks(0, 0, 1)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "0"}, r"\$LOCAL_RANK is not set"),
+        ({"WORLD_SIZE": "2"}, r"\$RANK is not set"),
+        ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "are numbers"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "not below WORLD_SIZE=2"),
+    ],
+)
+def test_a_broken_environment_is_told(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], message: str
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match=message):
+        ranks()
+
+
+def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_device_that_cannot_talk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _two_ranks(monkeypatch)
+    with playing("m2-macos14"), pytest.raises(DistributedError, match="mps has no distributed"):
+        init_distributed("mps:0")
+
+
+def test_a_torch_without_the_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    _two_ranks(monkeypatch)
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: False)
+    with playing("a100"), pytest.raises(DistributedError, match="built without 'nccl'"):
+        init_distributed("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("key", "device", "backend"), [("a100", "cuda:1", "nccl"), ("max1550", "xpu:1", "xccl")]
+)
+def test_each_kind_of_device_talks_its_own_way(
+    monkeypatch: pytest.MonkeyPatch, key: str, device: str, backend: str
+) -> None:
+    _two_ranks(monkeypatch)
+    joined, selected = [], []
+    module = torch.get_device_module(device)
+    monkeypatch.setattr(module, "set_device", selected.append)
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    with playing(key, count=2):
+        assert init_distributed(device) == Ranks(1, 1, 2)
+    assert (joined, selected) == ([backend], [1])
+
+
+PROGRAM = """
+import sys
+from dataclasses import replace
+import torch
+from portable_amp import DeviceContext, init_distributed, context
+from portable_amp.testing import machine
+
+mine = init_distributed("cpu")
+# Each rank believes to be on another machine.
+kinds = [machine(key).capabilities for key in sys.argv[1:]]
+ctx = context._restore(torch.device("cpu"), kinds[mine.rank],
+                       context.choose("auto", kinds[mine.rank]))
+agreed = ctx.agreed()
+print(f"rank {mine.rank}: {ctx.plan.name} -> {agreed.plan.name}", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("machines", "expected"),
+    [
+        (["a100", "t4"], ["bf16 -> fp16", "fp16 -> fp16"]),
+        (["a100", "cpu"], ["bf16 -> fp32", "fp32 -> fp32"]),
+    ],
+)
+def test_real_ranks_agree_on_the_weakest_plan_and_one_tells(
+    tmp_path: Path, machines: list[str], expected: list[str]
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node=2", str(program), *machines],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [
+        f"rank {i}: {plan}" for i, plan in enumerate(expected)
+    ]
+    assert done.stderr.count("mixed precision is off") == int("fp32" in expected[0])

@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+
+from portable_amp import (
+    DeviceContext,
+    PortableAmpError,
+    clear_cache,
+    is_oom_error,
+    memory,
+    split_on_oom,
+)
+from portable_amp.backends import MemoryStats
+from support import playing
+
+
+class Cache:
+    """torch.<backend>.empty_cache and its statistics, in numbers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+        self.calls, self.reserved = 0, 80
+        monkeypatch.setattr(module, "empty_cache", self.empty, raising=False)
+
+    def empty(self) -> None:
+        self.calls += 1
+        self.reserved = 50
+
+    def stats(self, device: torch.device) -> MemoryStats:
+        return MemoryStats(40, self.reserved, 100)
+
+
+@pytest.mark.parametrize(
+    ("key", "module"), [("t4", torch.cuda), ("m2-macos14", torch.mps), ("arc-a770", torch.xpu)]
+)
+def test_each_backend_clears_its_own_cache(
+    monkeypatch: pytest.MonkeyPatch, key: str, module: Any
+) -> None:
+    cache = Cache(monkeypatch, module)
+    with playing(key, memory=cache.stats):
+        ctx = DeviceContext(precision="fp32")
+        assert ctx.clear_cache() == 30
+        assert cache.calls == 1
+        assert clear_cache() == 0
+        assert ctx.memory() == MemoryStats(40, 50, 100)
+
+
+def test_pressure_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(monkeypatch, torch.cuda)
+    with playing("t4", memory=cache.stats):
+        assert clear_cache(min_pressure=0.9) is None
+        assert cache.calls == 0
+        assert clear_cache(min_pressure=0.8) == 30
+    with playing("t4", memory=lambda device: MemoryStats()):
+        assert clear_cache(min_pressure=0.0) is None
+        assert cache.calls == 2
+        assert clear_cache(min_pressure=0.1) is None
+        assert cache.calls == 2
+
+
+def test_the_cpu_has_nothing_to_clear() -> None:
+    assert clear_cache("cpu") is None
+    assert memory("cpu") == MemoryStats()
+
+
+def test_an_old_torch_without_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.mps, "empty_cache")
+    with playing("m2-macos14"):
+        assert clear_cache() is None
+
+
+@pytest.mark.parametrize("device", ["cuda:9", "nonsense", "", 3, object()])
+def test_clearing_never_raises(device: Any) -> None:
+    assert clear_cache(device) is None
+
+
+def test_a_failing_torch_never_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.mps, "empty_cache", fail)
+    with playing("m2-macos14", memory=fail):
+        assert clear_cache() is None
+        assert memory() == MemoryStats()
+
+
+OOM_TEXTS = [
+    "CUDA out of memory. Tried to allocate 20.00 MiB",
+    "HIP out of memory. Tried to allocate 2 GiB",
+    "XPU out of memory. Tried to allocate 1 GiB",
+    "NPU out of memory. Tried to allocate",
+    "MPS backend out of memory (MPS allocated: 18.13 GB)",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    "CUDA ran out of memory outside PyTorch's allocator",
+    "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+    "Native API failed. UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "Unable to find a valid cuDNN algorithm to run convolution",
+    "GET was unable to find an engine to execute this computation",
+]
+
+
+@pytest.mark.parametrize("text", OOM_TEXTS)
+def test_out_of_memory_is_recognised(text: str) -> None:
+    assert is_oom_error(RuntimeError(text))
+    assert not is_oom_error(ValueError(text))
+
+
+def test_out_of_memory_by_type() -> None:
+    assert is_oom_error(torch.cuda.OutOfMemoryError("anything"))
+    assert is_oom_error(MemoryError())
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes cannot be multiplied"), KeyboardInterrupt(), OSError("disk")]
+)
+def test_other_errors_are_not(error: BaseException) -> None:
+    assert not is_oom_error(error)
+
+
+def test_a_real_out_of_memory_error_of_the_cpu() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_oom_error(caught.value)
+
+
+class Device:
+    """A model on a device on which only `room` samples fit, forward or backward."""
+
+    def __init__(self, room: int, fails_in: str = "forward") -> None:
+        self.room, self.fails_in, self.sizes = room, fails_in, list[int]()
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(3, 1)
+
+    def step(self, batch: Any, weight: float) -> float:
+        x, y = batch["x"], batch["y"]
+        self.sizes.append(len(x))
+        full = len(x) > self.room
+        if full and self.fails_in == "forward":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        loss = torch.nn.functional.mse_loss(self.model(x), y)
+        if full:
+            # After some gradients have been added already, as in a real backward pass.
+            self.model.weight.grad = torch.full_like(self.model.weight, 1e9)
+            loss = Breaks.apply(loss)
+        (loss * weight).backward()
+        return float(loss.detach())
+
+    def grads(self) -> list[torch.Tensor | None]:
+        return [p.grad for p in self.model.parameters()]
+
+
+class Breaks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def batch(n: int) -> dict[str, Any]:
+    torch.manual_seed(1)
+    return {"x": torch.randn(n, 3), "y": torch.randn(n, 1), "names": [str(i) for i in range(n)]}
+
+
+@pytest.mark.parametrize("fails_in", ["forward", "backward"])
+@pytest.mark.parametrize(("n", "room"), [(8, 8), (8, 3), (7, 2), (5, 4), (3, 1)])
+def test_split_gradients_add_up_to_the_whole(n: int, room: int, fails_in: str) -> None:
+    whole, split = Device(n), Device(room, fails_in)
+    whole.step(batch(n), 1.0)
+    values = split_on_oom(split.step, batch(n), parameters=split.model.parameters())
+    for expected, got in zip(whole.grads(), split.grads(), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert len(values) == sum(size <= room for size in split.sizes)
+
+
+def test_gradients_of_earlier_batches_are_kept() -> None:
+    whole, split = Device(6), Device(2, "backward")
+    for n in (6, 4):
+        whole.step(batch(n), 1.0)
+        split_on_oom(split.step, batch(n), parameters=split.model.parameters())
+    for expected, got in zip(whole.grads(), split.grads(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_size_that_fitted_is_remembered() -> None:
+    device = Device(2)
+
+    def train(part: Any, weight: float) -> float:
+        return device.step(part, weight)
+
+    split_on_oom(train, batch(8), parameters=device.model.parameters())
+    device.sizes.clear()
+    split_on_oom(train, batch(8), parameters=device.model.parameters())
+    assert device.sizes == [2, 2, 2, 2]
+
+
+def test_another_object_of_the_same_class_starts_afresh() -> None:
+    small, large = Device(2), Device(8)
+    for device in (small, large):
+        split_on_oom(device.step, batch(8), parameters=device.model.parameters())
+    assert large.sizes == [8]
+
+
+def test_one_sample_that_does_not_fit_raises_the_devices_own_error() -> None:
+    device = Device(0)
+    with pytest.raises(RuntimeError, match="Tried to allocate 1 GiB"):
+        split_on_oom(device.step, batch(4), parameters=device.model.parameters())
+    assert device.grads() == [None, None]
+
+
+def test_other_errors_pass_and_gradients_are_as_before() -> None:
+    model = torch.nn.Linear(1, 1)
+    model.weight.grad = torch.ones(1, 1)
+
+    def step(part: torch.Tensor, weight: float) -> None:
+        model(part).sum().backward()
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        split_on_oom(step, torch.ones(2, 1), parameters=model.parameters())
+    assert model.weight.grad.item() == 1.0
+    assert model.bias.grad is None
+
+
+def test_half_added_gradients_are_never_kept_silently() -> None:
+    device = Device(2, "backward")
+    with pytest.raises(PortableAmpError, match="parameters="):
+        split_on_oom(device.step, batch(4))
+
+
+def test_several_processes_do_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        split_on_oom(Device(2).step, batch(4))
+
+
+def test_the_failed_step_is_gone_before_the_next_attempt() -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    seen: list[bool] = []
+    gc.disable()
+    try:
+
+        def step(part: torch.Tensor, weight: float) -> None:
+            seen.extend(ref() is not None for ref in alive)
+            activation = part * 2
+            alive.append(weakref.ref(activation))
+            if len(part) > 1:
+                raise MemoryError
+
+        split_on_oom(step, torch.ones(2))
+    finally:
+        gc.enable()
+    assert seen
+    assert not any(seen)
+
+
+Pair = namedtuple("Pair", "image name")
+
+
+def test_nested_batches_are_cut_sample_by_sample() -> None:
+    parts: list[Any] = []
+
+    def step(part: Any, weight: float) -> None:
+        if len(part["pair"].image) > 2:
+            raise MemoryError
+        parts.append(part)
+
+    image, label = torch.arange(3), torch.arange(3) * 10
+    whole = {"pair": Pair(image, ("a", "b", "c")), "rest": [label, {"scale": torch.tensor(2.0)}]}
+    split_on_oom(step, whole)
+    assert [part["pair"].name for part in parts] == [("a", "b"), ("c",)]
+    assert [part["rest"][0].tolist() for part in parts] == [[0, 10], [20]]
+    assert all(part["rest"][1]["scale"] == 2.0 for part in parts)
+    assert isinstance(parts[0]["pair"], Pair)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(), {}, "text", torch.tensor(1.0), (torch.ones(2), torch.ones(3))]
+)
+def test_what_is_no_batch_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="first dimension"):
+        split_on_oom(lambda part, weight: None, wrong)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from portable_amp import Support, UnsupportedPrecisionError, choose, common_plan
+from portable_amp.precision import parse_precision
+from portable_amp.testing import MACHINES, machine
+
+# machine: what "auto", "fp16" and "bf16" become there
+EXPECTED = {
+    "v100": "fp16 fp16 fp32",
+    "t4": "fp16 fp16 fp32",
+    "gtx1080": "fp32 fp32 fp32",
+    "gtx1660": "fp32 fp32 fp32",
+    "a100": "bf16 fp16 bf16",
+    "rtx4090": "bf16 fp16 bf16",
+    "h100": "bf16 fp16 bf16",
+    "mi250": "bf16 fp16 bf16",
+    "rx6800": "fp16 fp16 fp32",
+    "arc-a770": "bf16 fp16 bf16",
+    "max1550": "bf16 fp16 bf16",
+    "m1-macos13": "fp32 fp16 fp32",
+    "m2-macos14": "fp32 fp16 bf16",
+    "m2-macos15-torch24": "fp32 fp32 fp32",
+    "cpu": "fp32 fp32 fp32",
+    "cpu-avx512bf16": "fp32 fp32 bf16",
+    "cpu-amx": "fp32 fp32 bf16",
+    "cpu-arm-bf16": "fp32 fp32 bf16",
+}
+
+
+@pytest.mark.parametrize("row", MACHINES, ids=lambda row: row.key)
+def test_every_machine_of_the_catalogue(row: object) -> None:
+    can = row.capabilities  # type: ignore[attr-defined]
+    got = " ".join(choose(request, can).name for request in ("auto", "fp16", "bf16"))
+    assert got == EXPECTED[row.key]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *zip(("auto", True, None, " AUTO "), itertools.repeat("auto")),
+        *zip(("fp32", False, "no", "32-true", "32", 32, torch.float32), itertools.repeat("fp32")),
+        *zip(("fp16", "16-mixed", "half", 16, torch.float16, "FP16"), itertools.repeat("fp16")),
+        *zip(("bf16", "bf16-mixed", "bfloat16", torch.bfloat16), itertools.repeat("bf16")),
+    ],
+)
+def test_spellings(value: object, expected: str) -> None:
+    assert parse_precision(value) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("bf15", "did you mean 'bf16'"),
+        ("16-true", "casts the model itself"),
+        (1, "it is no precision"),
+        (0, "it is no precision"),
+        (1.0, "it is no precision"),
+        ([], "it is no precision"),
+        (torch.float64, "it is no precision"),
+        ("", "it is no precision"),
+    ],
+)
+def test_what_is_no_precision_is_refused_with_what_works(value: object, why: str) -> None:
+    with pytest.raises(UnsupportedPrecisionError, match=why) as caught:
+        parse_precision(value)  # type: ignore[arg-type]
+    assert repr(value) in str(caught.value)
+    assert "'auto', 'fp32', 'fp16' or 'bf16'" in str(caught.value)
+
+
+def test_a_refused_request_names_what_works_here() -> None:
+    plan = choose("bf16", machine("t4").capabilities)
+    assert plan.fell_back
+    assert plan.reason == "bf16 is emulated on this device, slower than fp32; fp16 works here"
+
+
+def test_fp16_needs_a_scaler_that_exists() -> None:
+    can = replace(machine("m2-macos14").capabilities, grad_scaler=False)
+    plan = choose("fp16", can)
+    assert plan.dtype is torch.float32
+    assert "gradient scaler" in plan.reason
+
+
+def test_only_fp16_is_scaled() -> None:
+    can = machine("a100").capabilities
+    assert [choose(name, can).scaler for name in ("fp32", "bf16", "fp16")] == [False, False, True]
+
+
+def test_ranks_that_differ_take_what_all_can_do() -> None:
+    a100, t4, cpu = (machine(key).capabilities for key in ("a100", "t4", "cpu"))
+    assert common_plan("auto", [a100, a100]) == choose("auto", a100)
+    mixed = common_plan("auto", [a100, t4])
+    assert mixed.name == "fp16"
+    assert not mixed.fell_back
+    assert mixed.evidence == ("NVIDIA A100-SXM4-40GB: bf16", "Tesla T4: fp16")
+    assert common_plan("auto", [a100, cpu]).name == "fp32"
+    assert common_plan("bf16", [a100, t4]).fell_back
+    assert common_plan("fp16", [a100, t4]).name == "fp16"
+
+
+def test_ranks_without_mixed_precision_in_common() -> None:
+    only_bf16 = replace(machine("a100").capabilities, float16=Support.ABSENT)
+    only_fp16 = machine("t4").capabilities
+    assert common_plan("auto", [only_bf16, only_fp16]).name == "fp32"
+
+
+def test_no_machines_have_no_plan() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        common_plan("auto", [])
