@@ -23,5 +23,5 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     support.forget()
     yield
     support.forget()
-    for kind in ("cpu", "cuda", "mps", "xpu"):
+    for kind in support.KINDS:
         assert not torch.is_autocast_enabled(kind), f"a test left {kind} autocast on"

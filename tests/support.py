@@ -22,6 +22,10 @@ SETTINGS = (
 )
 
 
+# The device types this torch has autocast kernels for; 2.4 has none for MPS.
+KINDS = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
+
+
 def forget() -> None:
     """Nothing was probed, decided or told yet."""
     capabilities._probe.cache_clear()

@@ -43,9 +43,10 @@ class StepResult:
 
     @property
     def stepped(self) -> bool:
-        """The optimizer changed the weights; False: gradients were infinite or NaN, step skipped.
+        """The optimizer's step was taken; False: skipped, for gradients were infinite or NaN.
 
-        Free after an ordinary optimizer. A fused optimizer decides inside its kernel, so that the
+        An optimizer that takes `grad_scaler=` decides by itself, and counts as having stepped. Free
+        after an ordinary optimizer. A fused optimizer decides inside its kernel, so that the
         first read waits for the device.
         """
         if self._stepped is None:
@@ -188,7 +189,10 @@ class ScalerShim(torch.amp.GradScaler):
             # A fused optimizer. update() adds the infs of several optimizers into these very
             # tensors, and changes the scale in place, hence the copies; neither waits.
             infs = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
-            found = torch.stack([inf.to(self._on_device().device) for inf in infs]).sum()
+            if infs:
+                found = torch.stack([inf.to(self._on_device().device) for inf in infs]).sum()
+            else:  # it had no gradients, or takes `grad_scaler=` and unscales them itself
+                self._stepped = True
         self._last_step = StepResult(
             self._stepped, self._on_device().clone(), found_inf=found, on_known=self._note
         )

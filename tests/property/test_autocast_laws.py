@@ -13,9 +13,8 @@ from portable_amp.backends import Hardware
 from portable_amp.capabilities import derive
 from portable_amp.precision import Precision
 from portable_amp.testing import strategies
-from support import playing
+from support import KINDS, playing
 
-KINDS = ("cpu", "cuda", "mps", "xpu")
 State = tuple[Any, ...]
 
 

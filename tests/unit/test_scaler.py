@@ -110,6 +110,34 @@ def test_two_fused_optimizers_are_told_apart() -> None:
     assert [result.stepped for result in results if result] == [True, False]
 
 
+def test_a_fused_optimizer_without_gradients_is_no_error() -> None:
+    used, frozen, scaler = weight(), weight(), enabled()
+    optimizers = [torch.optim.Adam([w], fused=True) for w in (used, frozen)]
+    scaler.scale(used.sum()).backward()
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        assert scaler.last_step
+        assert scaler.last_step.stepped
+    scaler.update()
+
+
+def test_an_optimizer_that_takes_the_scaler_is_called_with_it() -> None:
+    class Takes(torch.optim.SGD):
+        _step_supports_amp_scaling = True
+
+        def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:
+            self.got = grad_scaler
+
+    w, scaler = weight(), enabled()
+    optimizer = Takes([w], lr=0.1)
+    scaler.scale(w.sum()).backward()
+    with pytest.warns(FutureWarning, match="keyword argument"):
+        scaler.step(optimizer)
+    assert optimizer.got is scaler
+    assert scaler.last_step
+    assert scaler.last_step.stepped
+
+
 def count_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     fetched: list[str] = []
     real = torch.Tensor.item
