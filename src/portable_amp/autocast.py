@@ -171,13 +171,14 @@ def _decide(
             )
             _tell(kind, f"maybe_autocast({kind!r}) does nothing: {why}")
         return None
-    if not enabled:
-        return kind, dtype, False
+    halves = (torch.float16, torch.bfloat16)
+    if not enabled:  # torch complains of other dtypes even then
+        return kind, dtype if dtype in halves else None, False
     # As in torch, the default is asked for now: inside a region it is that region's dtype.
     wanted = torch.get_autocast_dtype(kind) if dtype is None else dtype
     if wanted is torch.float32:
-        return kind, wanted, capabilities.autocast_float32
-    if wanted not in (torch.float16, torch.bfloat16):
+        return (kind, wanted, True) if capabilities.autocast_float32 else (kind, None, False)
+    if wanted not in halves:
         why = "autocast knows torch.float16 and torch.bfloat16."
     elif capabilities.support(wanted) is Support.ABSENT:
         why = "; ".join(capabilities.evidence) + "."

@@ -9,6 +9,7 @@ import torch
 
 from portable_amp import DeviceContext, DeviceError, PrecisionFallbackWarning, maybe_autocast
 from portable_amp.autocast import Autocast, NoAutocast
+from portable_amp.backends import torch_version
 from support import playing
 
 BF16 = torch.bfloat16
@@ -153,14 +154,14 @@ def test_interleaved_generators_leave_nothing_behind() -> None:
 
 
 def test_interleaved_regions_of_two_device_types() -> None:
-    with playing("m2-macos14"):
-        cpu, mps = maybe_autocast("cpu", BF16), maybe_autocast("mps", torch.float16)
+    with playing("a100"):
+        cpu, cuda = maybe_autocast("cpu", BF16), maybe_autocast("cuda", torch.float16)
         cpu.__enter__()
-        mps.__enter__()
+        cuda.__enter__()
         cpu.__exit__(None, None, None)
-        assert (on("cpu"), on("mps")) == (False, True)
-        mps.__exit__(None, None, None)
-        assert (on("cpu"), on("mps")) == (False, False)
+        assert (on("cpu"), on("cuda")) == (False, True)
+        cuda.__exit__(None, None, None)
+        assert (on("cpu"), on("cuda")) == (False, False)
 
 
 def test_a_decorated_generator_computes_under_autocast_and_its_consumer_does_not() -> None:
@@ -326,7 +327,8 @@ def test_inside_a_compiled_graph() -> None:
     for function in (made_inside, made_outside, decorated, of_a_context):
         assert compiled_dtype(function) is BF16, function.__name__
         assert not on()
-    for function in (automatic, nothing):
+    # Dynamo of 2.4 and 2.6 refuses a context manager of a class it does not know, if made outside.
+    for function in (automatic, nothing) if torch_version() >= (2, 8) else (automatic,):
         assert compiled_dtype(function) is torch.float32, function.__name__
 
 
