@@ -32,8 +32,9 @@ def seed_everything(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r}: a whole number from 0 to 2**32 - 1 works here")
     random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy:
+        numpy.random.seed(seed)
     torch.manual_seed(seed)  # of every device torch knows
     return seed
 
@@ -41,8 +42,9 @@ def seed_everything(seed: int) -> int:
 def rng_state() -> dict[str, Any]:
     """The state of all those generators, in plain types and tensors that a checkpoint can hold."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if "numpy" in sys.modules:
-        name, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
+    numpy = sys.modules.get("numpy")
+    if numpy:
+        name, keys, position, has_gauss, cached = numpy.random.get_state()
         state["numpy"] = (name, keys.tolist(), int(position), int(has_gauss), float(cached))
     for row in present():
         get = torch_function(row.get_rng_state)
@@ -63,9 +65,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"].cpu())
-    if "numpy" in state and "numpy" in sys.modules:
+    numpy = sys.modules.get("numpy")
+    if "numpy" in state and numpy:
         name, keys, position, has_gauss, cached = state["numpy"]
-        numpy = sys.modules["numpy"]
         numpy.random.set_state(
             (name, numpy.asarray(keys, numpy.uint32), position, has_gauss, cached)
         )

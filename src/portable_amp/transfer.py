@@ -68,8 +68,9 @@ def seed_worker(worker_id: int) -> None:
     """
     seed = torch.initial_seed() % 2**32  # torch gives each worker, in each epoch, another one
     random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy:
+        numpy.random.seed(seed)
     info = torch.utils.data.get_worker_info()
     dataset: Any = info.dataset if info else None
     while dataset is not None:
