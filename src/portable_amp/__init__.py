@@ -17,7 +17,7 @@ from portable_amp.errors import (
     StateWarning,
     UnsupportedPrecisionError,
 )
-from portable_amp.memory import clear_cache, is_oom_error, memory, split_on_oom
+from portable_amp.memory import clear_cache, is_oom_error, memory_stats, split_on_oom
 from portable_amp.precision import PrecisionPlan, choose, common_plan
 from portable_amp.rng import rng_state, seed_everything, set_rng_state
 from portable_amp.scaler import ScalerShim, StepResult
@@ -49,7 +49,7 @@ __all__ = [
     "is_oom_error",
     "load_checkpoint",
     "maybe_autocast",
-    "memory",
+    "memory_stats",
     "probe",
     "ranks",
     "rng_state",

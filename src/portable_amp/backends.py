@@ -171,9 +171,10 @@ def _count_mps() -> int:
 def _read_mps(device: torch.device) -> Hardware:
     release = platform.mac_ver()[0].split(".")
     recommended = torch_function("mps.recommended_max_memory")
+    name = torch_function("backends.mps.get_name")
     return Hardware(
         "mps",
-        platform.processor() or "Apple GPU",
+        str(name()) if name else "Apple GPU",
         torch_version(),
         autocast=torch.amp.is_autocast_available("mps"),
         total_memory=int(recommended()) if recommended else None,
@@ -427,17 +428,18 @@ def resolve_device(value: str | torch.device | None = None) -> torch.device:
         if device.index:
             raise DeviceError(f"'{device}'{origin} is not available: the CPU is one device, 'cpu'.")
         return torch.device("cpu")
-    index = device.index if device.index is not None else _local_index(count)
+    index = device.index
+    if index is None:
+        index = _local_index(count)
+        if index:
+            origin += " (from $LOCAL_RANK)"
     if index >= count:
         have = (
-            f"{count} {device.type} device{'' if count == 1 else 's'}"
-            if count
-            else f"this machine has no {device.type} device"
+            f"{count} {device.type} device{'s' * (count != 1)}" if count else "there is none here"
         )
         raise DeviceError(
-            f"'{value if value is not None else f'{device.type}:{index}'}'{origin} is not "
-            f"available: {have}. This machine has: {_inventory()}. "
-            "Use device=None to let portable-amp choose."
+            f"'{device.type}:{index}'{origin} is not available: {have}. This machine has: "
+            f"{_inventory()}. Use device=None to let portable-amp choose."
         )
     return torch.device(device.type, index)
 

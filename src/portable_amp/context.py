@@ -19,7 +19,7 @@ from portable_amp.backends import (
 from portable_amp.capabilities import Capabilities, probe
 from portable_amp.distributed import agree_on_plan
 from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
-from portable_amp.memory import clear_cache, memory
+from portable_amp.memory import clear_cache, memory_stats
 from portable_amp.notices import tell_once
 from portable_amp.precision import Precision, PrecisionPlan, choose
 from portable_amp.scaler import ScalerShim
@@ -146,7 +146,7 @@ class DeviceContext:
 
     def memory(self) -> MemoryStats:
         """Bytes allocated, reserved and in all; None where torch cannot tell."""
-        return memory(self.device)
+        return memory_stats(self.device)
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it: before taking times."""

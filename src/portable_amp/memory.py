@@ -22,10 +22,10 @@ from portable_amp.nested import length_of, slice_of
 T = TypeVar("T")
 
 
-def memory(device: str | torch.device | None = None) -> MemoryStats:
+def memory_stats(device: str | torch.device | None = None) -> MemoryStats:
     """Bytes allocated, reserved and in all on a device; None where torch cannot tell.
 
-    >>> memory("cpu")
+    >>> memory_stats("cpu")
     MemoryStats(allocated=None, reserved=None, total=None)
 
     Raises:

@@ -1,4 +1,4 @@
-"""Say a thing once: one notice per subject, per process, and on the first rank only."""
+"""Say a thing, and mostly once: per subject, per process, and on the first rank only."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def tell_once(key: Hashable, message: str, category: type[Warning] | None = None
         if key in _told:
             return
         _told.add(key)
+    tell(message, category)
+
+
+def tell(message: str, category: type[Warning] | None = None) -> None:
+    """Give `message` on the first rank, however often it was given before."""
     if os.environ.get("RANK", "0") != "0":
         return
     if category is None:

@@ -11,7 +11,7 @@ from torch.amp.grad_scaler import OptState
 from portable_amp.backends import backend_for, parse_device, resolve_device
 from portable_amp.capabilities import probe
 from portable_amp.errors import PrecisionFallbackWarning, ScaleCollapseWarning, StateWarning
-from portable_amp.notices import tell_once
+from portable_amp.notices import tell, tell_once
 from portable_amp.precision import choose
 
 # fp16's smallest normal number. A scale below it protects no gradient any more, and halving on and
@@ -255,8 +255,7 @@ class ScalerShim(torch.amp.GradScaler):
         state = dict(state_dict)
         if not state:
             if self._enabled:
-                tell_once(
-                    ("scaler state", id(self)),
+                tell(
                     "the checkpoint holds no gradient scaler state (it was saved without loss "
                     f"scaling): the scale starts afresh at {self.get_scale():g}.",
                     StateWarning,
@@ -290,8 +289,7 @@ class ScalerShim(torch.amp.GradScaler):
         scale = self.get_scale()
         if scale < _COLLAPSED:
             self._told_collapse = True
-            tell_once(
-                ("collapse", id(self), self._skipped_on_end),
+            tell(
                 f"the loss scale has fallen to {scale:g} after {self._skipped_on_end} skipped "
                 "steps on end: every gradient is infinite or NaN, and no scale will help. Look at "
                 "the loss and the learning rate, or train with precision='bf16' or 'fp32'.",

@@ -56,7 +56,10 @@ def test_each_rank_takes_its_own_device(
 
 def test_a_rank_without_a_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with playing("a100", count=2), pytest.raises(DeviceError, match="'cuda:2' is not available"):
+    with (
+        playing("a100", count=2),
+        pytest.raises(DeviceError, match=r"'cuda:2' \(from \$LOCAL_RANK\)"),
+    ):
         resolve_device()
 
 
@@ -64,7 +67,7 @@ def test_a_rank_without_a_device_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     ("asked", "message"),
     [
         ("cuda:3", r"'cuda:3' is not available: 1 cuda device. This machine has: cuda:0, cpu."),
-        ("mps", r"'mps' is not available: this machine has no mps device"),
+        ("mps", r"'mps:0' is not available: there is none here"),
         ("cpu:1", "the CPU is one device"),
         ("cudda", "Did you mean 'cuda'"),
         ("", "'' is not a device torch knows"),

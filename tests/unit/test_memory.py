@@ -13,7 +13,7 @@ from portable_amp import (
     PortableAmpError,
     clear_cache,
     is_oom_error,
-    memory,
+    memory_stats,
     split_on_oom,
 )
 from portable_amp.backends import MemoryStats
@@ -65,7 +65,7 @@ def test_pressure_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_cpu_has_nothing_to_clear() -> None:
     assert clear_cache("cpu") is None
-    assert memory("cpu") == MemoryStats()
+    assert memory_stats("cpu") == MemoryStats()
 
 
 def test_an_old_torch_without_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_a_failing_torch_never_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.mps, "empty_cache", fail)
     with playing("m2-macos14", memory=fail):
         assert clear_cache() is None
-        assert memory() == MemoryStats()
+        assert memory_stats() == MemoryStats()
 
 
 OOM_TEXTS = [
