@@ -12,13 +12,14 @@ fail() { echo "env.sh: $1" >&2; exit 2; }
 usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
 want=$(cd "$root" && cksum pyproject.toml constraints.txt)
-if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && usable "$venv/bin/python"; then
+if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && usable "$venv/bin/python"; then
     echo "$venv/bin/python"
     exit 0
 fi
 {
     uv=$(command -v uv || true)
-    if ! { [ -x "$venv/bin/python" ] && usable "$venv/bin/python"; }; then
+    # One that uv made has no pip: of no use where uv is gone.
+    if ! usable "$venv/bin/python" || { [ -z "$uv" ] && ! "$venv/bin/python" -m pip -V >/dev/null 2>&1; }; then
         python=${PYTHON:-}
         for candidate in $python python3 python3.13 python3.12 python3.11 python3.10; do
             if usable "$candidate"; then python=$candidate; break; fi
