@@ -172,8 +172,9 @@ def _decide(
             _tell(kind, f"maybe_autocast({kind!r}) does nothing: {why}")
         return None
     halves = (torch.float16, torch.bfloat16)
-    if not enabled:  # torch complains of other dtypes even then
-        return kind, dtype if dtype in halves else None, False
+    if not enabled:  # torch complains of dtypes it does not like even then
+        fine = dtype in halves and capabilities.support(dtype) is not Support.ABSENT
+        return kind, dtype if fine else None, False
     # As in torch, the default is asked for now: inside a region it is that region's dtype.
     wanted = torch.get_autocast_dtype(kind) if dtype is None else dtype
     if wanted is torch.float32:

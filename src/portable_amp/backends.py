@@ -74,11 +74,14 @@ class Backend:
     """Name of torch's function, None where there is no cache to empty."""
     get_rng_state: str | None = None
     set_rng_state: str | None = None
-    rng_per_device: bool = True
-    set_device: str | None = None
     synchronize: str | None = None
+    takes_device: bool = True
+    """These three functions take a device; with MPS there is but one."""
+    set_device: str | None = None
     pins_memory: bool = False
     """Copies from page-locked memory may be asynchronous, and stay ordered with later work."""
+    copies: str = "synchronous: nobody has said that more is safe"
+    """How batches get there, for `explain`."""
     distributed: str | None = None
     """The torch.distributed backend that talks between such devices."""
     channels_last: bool = False
@@ -290,6 +293,8 @@ def _generic(device_type: str) -> Backend:
 # Source: the vendors' torch.distributed back ends (Ascend, Gaudi, Cambricon).
 _VENDOR_DISTRIBUTED = {"npu": "hccl", "hpu": "hccl", "mlu": "cncl"}
 
+_ASYNCHRONOUS = "asynchronous from pinned memory; loader_options() pins"
+
 CUDA = Backend(
     "cuda",
     "CUDA",
@@ -302,6 +307,7 @@ CUDA = Backend(
     set_device="cuda.set_device",
     synchronize="cuda.synchronize",
     pins_memory=True,
+    copies=_ASYNCHRONOUS,
     distributed="nccl",
     channels_last=True,
     out_of_memory=(
@@ -328,6 +334,7 @@ XPU = Backend(
     set_device="xpu.set_device",
     synchronize="xpu.synchronize",
     pins_memory=True,
+    copies=_ASYNCHRONOUS,
     distributed="xccl",
     channels_last=True,
     out_of_memory=("XPU out of memory", "UR_RESULT_ERROR_OUT_OF_"),
@@ -342,9 +349,9 @@ MPS = Backend(
     empty_cache="mps.empty_cache",
     get_rng_state="mps.get_rng_state",
     set_rng_state="mps.set_rng_state",
-    rng_per_device=False,
+    takes_device=False,
     synchronize="mps.synchronize",
-    # pytorch#139550: non_blocking copies to MPS corrupt data silently, so pins_memory stays False.
+    copies="synchronous: a non_blocking copy to MPS can corrupt data (pytorch#139550)",
     # pytorch#175189: channels_last with BatchNorm gives a wrong backward or a crash.
     out_of_memory=("MPS backend out of memory",),
 )
@@ -354,6 +361,7 @@ CPU = Backend(
     lambda: 1,
     _read_cpu,
     _no_memory,
+    copies="none: batches are there already",
     distributed="gloo",
     channels_last=True,
     out_of_memory=(
@@ -414,7 +422,7 @@ def parse_device(value: str | torch.device) -> torch.device:
 def resolve_device(value: str | torch.device | None = None) -> torch.device:
     """The device to use, with its index: as told, else $PORTABLE_AMP_DEVICE, else the best present.
 
-    Without an index each process that torchrun starts takes the one of its LOCAL_RANK.
+    Without an index it is that of LOCAL_RANK under torchrun, else torch's current one.
 
     Raises:
         DeviceError: there is no such device here.
@@ -430,8 +438,8 @@ def resolve_device(value: str | torch.device | None = None) -> torch.device:
         return torch.device("cpu")
     index = device.index
     if index is None:
-        index = _local_index(count)
-        if index:
+        index = _local_index(device.type, count)
+        if index >= count > 0:
             origin += " (from $LOCAL_RANK)"
     if index >= count:
         have = (
@@ -444,10 +452,21 @@ def resolve_device(value: str | torch.device | None = None) -> torch.device:
     return torch.device(device.type, index)
 
 
-def _local_index(count: int) -> int:
-    """The index for this process; 0 where a launcher shows each process its own single device."""
+def _local_index(device_type: str, count: int) -> int:
+    """The index for this process: its LOCAL_RANK's, else the one that is current in torch.
+
+    0 where there is but one: some launchers show each process its own.
+    """
+    if count <= 1:
+        return 0
     local_rank = os.environ.get("LOCAL_RANK", "")
-    return int(local_rank) if local_rank.isdecimal() and count > 1 else 0
+    if local_rank.isdecimal():
+        return int(local_rank)
+    current = torch_function(f"{device_type}.current_device")
+    try:
+        return int(current()) if current else 0
+    except (RuntimeError, AssertionError):
+        return 0
 
 
 def _inventory() -> str:

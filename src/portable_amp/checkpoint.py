@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import pickle
@@ -16,6 +17,8 @@ import torch
 from portable_amp.errors import CheckpointError
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
+# Mappings that torch.load takes; schedulers of torch keep a Counter in their state.
+_MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -89,13 +92,20 @@ def _plain(value: Any, where: str) -> Any:
     """`value` in types that torch.load takes with weights_only=True; refuses what it would not."""
     if isinstance(value, torch.Tensor):
         return value.detach()
-    if isinstance(value, _PLAIN) and type(value).__module__ != "numpy":
+    if type(value) in _PLAIN:
         return value
+    if isinstance(value, str):  # a subclass, such as an Enum's member: its text alone
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, (str, int, float, bool, tuple)):
                 raise CheckpointError(f"{where} has the key {key!r}: keys are strings or numbers")
-        return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        kind: Any = type(value) if type(value) in _MAPPINGS else dict
+        return kind({key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()})
     if isinstance(value, (list, tuple)):
         items = [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)

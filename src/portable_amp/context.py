@@ -55,6 +55,7 @@ class DeviceContext:
     device: torch.device
     capabilities: Capabilities
     plan: PrecisionPlan
+    unsupported: str
     _autocast: Autocast | NoAutocast | None
 
     def __init__(
@@ -68,8 +69,8 @@ class DeviceContext:
             raise ValueError(f"unsupported={unsupported!r}: 'fallback' or 'raise' work here")
         where = resolve_device(device)
         capabilities = probe(where)
-        self._fill(where, capabilities, choose(precision, capabilities))
-        self._tell(strict=unsupported == "raise")
+        self._fill(where, capabilities, choose(precision, capabilities), unsupported)
+        self._tell()
 
     @property
     def backend(self) -> Backend:
@@ -94,7 +95,7 @@ class DeviceContext:
             traced: Autocast = self._region(torch.autocast)
             return traced
         if self._autocast is None:
-            object.__setattr__(self, "_autocast", self._region(Autocast))
+            self.__dict__["_autocast"] = self._region(Autocast)
         assert self._autocast is not None
         return self._autocast
 
@@ -152,15 +153,15 @@ class DeviceContext:
         """Wait until the device has done all that was asked of it: before taking times."""
         wait = torch_function(self.backend.synchronize)
         if wait:
-            wait()
+            wait(*([self.device] if self.backend.takes_device else []))
 
     def agreed(self) -> DeviceContext:
         """The same context with the plan that all ranks can follow; every rank must call it."""
         plan = agree_on_plan(self.plan.request, self.capabilities)
         if plan == self.plan:
             return self
-        agreed = _restore(self.device, self.capabilities, plan)
-        agreed._tell(strict=False)
+        agreed = _restore(self.device, self.capabilities, plan, self.unsupported)
+        agreed._tell()
         return agreed
 
     def summary(self) -> str:
@@ -174,14 +175,23 @@ class DeviceContext:
     def explain(self) -> str:
         """Every decision, why it was taken, and how to change it."""
         plan, row = self.plan, self.backend
-        others = " | ".join(f'"{name}"' for name in ("fp32", "fp16", "bf16") if name != plan.name)
+        others = [
+            f'"{name}"'
+            for name in ("fp32", "fp16", "bf16")
+            if name != plan.name and not choose(name, self.capabilities).fell_back
+        ]
         cache = f"torch.{row.empty_cache}()" if row.empty_cache else "nothing to clear"
         lines = [
             self.summary(),
             "",
             f"Precision: {plan.name}, asked for {plan.request!r}: {plan.reason}.",
             *(f"  Seen: {seen}." for seen in plan.evidence),
-            f"  To change it: DeviceContext(precision={others}).",
+            "  To change it: "
+            + (
+                f"DeviceContext(precision={' | '.join(others)})."
+                if others
+                else "nothing else is native here."
+            ),
             "Gradient scaler: "
             + (
                 "on; fp16 gradients underflow without it."
@@ -189,12 +199,7 @@ class DeviceContext:
                 else "off; only fp16 needs it."
             ),
             f"Cache: {cache}.",
-            "Copies: "
-            + (
-                "asynchronous from pinned memory; loader_options() pins."
-                if row.pins_memory
-                else "synchronous; pinned memory gains nothing on this device, or is unsafe."
-            ),
+            f"Copies: {row.copies}.",
             f"Several processes: {row.distributed or 'not on this kind of device'}.",
             f"To choose a device: DeviceContext('{self.device}') or ${DEVICE_VARIABLE}.",
         ]
@@ -206,8 +211,9 @@ class DeviceContext:
         plan = self.plan
         return kind(self.device.type, plan.dtype if plan.autocast else None, plan.autocast)
 
-    def _tell(self, *, strict: bool) -> None:
+    def _tell(self) -> None:
         plan = self.plan
+        strict = os.environ.get(STRICT_VARIABLE, "").strip().lower() not in _OFF
         key = (str(self.device), plan.request, plan.reason)
         if not plan.fell_back:
             if plan.request == "auto" and not plan.autocast:
@@ -216,17 +222,21 @@ class DeviceContext:
                 )
             return
         message = f"precision={plan.request!r} on {self.device} becomes fp32: {plan.reason}."
-        if strict or os.environ.get(STRICT_VARIABLE, "").strip().lower() not in _OFF:
+        if strict or self.unsupported == "raise":
             raise UnsupportedPrecisionError(
                 f"precision={plan.request!r} is refused on {self.device}: {plan.reason}."
             )
         tell_once(key, message, PrecisionFallbackWarning)
 
-    def _fill(self, device: torch.device, capabilities: Capabilities, plan: PrecisionPlan) -> None:
-        for name, value in {
-            "device": device, "capabilities": capabilities, "plan": plan, "_autocast": None,
-        }.items():  # fmt: skip
-            object.__setattr__(self, name, value)
+    def _fill(
+        self,
+        device: torch.device,
+        capabilities: Capabilities,
+        plan: PrecisionPlan,
+        unsupported: str,
+    ) -> None:
+        state = {"device": device, "capabilities": capabilities, "plan": plan}
+        self.__dict__.update(state, unsupported=unsupported, _autocast=None)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a DeviceContext is immutable: make a new one to change {name!r}")
@@ -235,7 +245,7 @@ class DeviceContext:
         raise AttributeError("a DeviceContext is immutable")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.device, self.capabilities, self.plan)
+        return _restore, (self.device, self.capabilities, self.plan, self.unsupported)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DeviceContext) and self.__reduce__() == other.__reduce__()
@@ -248,9 +258,9 @@ class DeviceContext:
 
 
 def _restore(
-    device: torch.device, capabilities: Capabilities, plan: PrecisionPlan
+    device: torch.device, capabilities: Capabilities, plan: PrecisionPlan, unsupported: str
 ) -> DeviceContext:
     """A context as it was, decided elsewhere: nothing is probed, chosen or told again."""
     context = DeviceContext.__new__(DeviceContext)
-    context._fill(device, capabilities, plan)
+    context._fill(device, capabilities, plan, unsupported)
     return context

@@ -17,7 +17,7 @@ from portable_amp.backends import (
     torch_function,
 )
 from portable_amp.errors import PortableAmpError
-from portable_amp.nested import length_of, slice_of
+from portable_amp.nested import length_of, slice_of, tensors_in
 
 T = TypeVar("T")
 
@@ -59,8 +59,10 @@ def clear_cache(
         if empty is None:
             return None
         before = _stats(where)
-        if min_pressure is not None and (_pressure(before) or 0.0) < min_pressure:
-            return None
+        if min_pressure is not None:
+            pressure = _pressure(before)
+            if pressure is None or pressure < min_pressure:
+                return None
         empty()
         after = _stats(where)
     # A cache is never worth a training run: whatever an old torch or a plugin throws stays here.
@@ -163,7 +165,7 @@ def split_on_oom(
         # Outside `except`: the error's traceback keeps every tensor of the failed step alive
         # (pytorch#27600).
         size = (size + 1) // 2
-        clear_cache()
+        clear_cache(next(tensors_in(batch)).device)
     if size < total:
         fitted[name] = size
     _set_grads(leaves, [_sum(old, leaf.grad) for old, leaf in zip(before, leaves)])  # noqa: B905

@@ -49,7 +49,7 @@ def rng_state() -> dict[str, Any]:
     for row in present():
         get = torch_function(row.get_rng_state)
         if get:
-            indexes = range(row.count()) if row.rng_per_device else [None]
+            indexes = range(row.count()) if row.takes_device else [None]
             state[row.device_type] = [get() if i is None else get(i) for i in indexes]
     return state
 
@@ -85,4 +85,4 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
             )
             continue
         for index, one in enumerate(saved):
-            put(one.cpu(), *([index] if row.rng_per_device else []))
+            put(one.cpu(), *([index] if row.takes_device else []))

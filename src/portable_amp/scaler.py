@@ -9,7 +9,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from portable_amp.backends import backend_for, parse_device, resolve_device
-from portable_amp.capabilities import probe
+from portable_amp.capabilities import Capabilities, Support, probe
 from portable_amp.errors import PrecisionFallbackWarning, ScaleCollapseWarning, StateWarning
 from portable_amp.notices import tell, tell_once
 from portable_amp.precision import choose
@@ -79,13 +79,16 @@ class StepResult:
 class ScalerShim(torch.amp.GradScaler):
     """torch.amp.GradScaler, in its order of arguments, that is safe to keep on every machine.
 
-    Enabled only where fp16 is the plan, unless told. Everything torch defines stays as torch
+    Enabled only where fp16 is computed, unless told. Everything torch defines stays as torch
     defines it; added are `last_step`, `backward_step`, state that survives a machine without
     scaling, scaling on devices without float64, and a warning when the scale collapses.
 
     Args:
         device: device or device type; None: the best device of this machine.
-        enabled: None: where automatic mixed precision on this device means fp16.
+        enabled: None: where `maybe_autocast` of the same device computes in fp16. Without a device
+            that is up to the automatic plan, with one to torch's default dtype for it.
+
+    The other arguments are torch's.
 
     Raises:
         DeviceError: torch knows no such device.
@@ -107,8 +110,10 @@ class ScalerShim(torch.amp.GradScaler):
         kind = (resolve_device() if device is None else parse_device(device)).type
         capabilities = probe(kind) if backend_for(kind).count() else None
         if enabled is None:
-            enabled = capabilities is not None and choose("auto", capabilities).scaler
-        elif enabled and (capabilities is None or not capabilities.grad_scaler):
+            enabled = capabilities is not None and _fp16_is_next(
+                capabilities, named=device is not None
+            )
+        if enabled and (capabilities is None or not capabilities.grad_scaler):
             enabled = False
             what = "has no gradient scaler for it" if capabilities else "finds no such device"
             tell_once(
@@ -295,6 +300,20 @@ class ScalerShim(torch.amp.GradScaler):
                 "the loss and the learning rate, or train with precision='bf16' or 'fp32'.",
                 ScaleCollapseWarning,
             )
+
+
+def _fp16_is_next(capabilities: Capabilities, *, named: bool) -> bool:
+    """Whether `maybe_autocast`, with the device named or not, computes in fp16.
+
+    The two drop-ins must agree: fp16 without scaling loses gradients silently.
+    """
+    if not named:
+        return choose("auto", capabilities).scaler
+    return (
+        capabilities.autocast
+        and torch.get_autocast_dtype(capabilities.device_type) is torch.float16
+        and capabilities.float16 is not Support.ABSENT
+    )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:

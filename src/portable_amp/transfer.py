@@ -35,8 +35,8 @@ def to_device(
         return tensor.to(torch.float32)
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        asynchronous = backend.pins_memory and tensor.is_pinned()
-        return narrow(tensor).to(device, non_blocking=asynchronous)
+        tensor = narrow(tensor)  # before asking: the narrowed copy is not in pinned memory
+        return tensor.to(device, non_blocking=backend.pins_memory and tensor.is_pinned())
 
     if isinstance(value, torch.nn.Module):
         for held in (*value.parameters(), *value.buffers()):

@@ -54,6 +54,15 @@ def test_each_rank_takes_its_own_device(
         assert resolve_device("cuda:0").index == 0
 
 
+def test_torchs_current_device_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with playing("a100", count=2):
+        assert resolve_device("cuda").index == 1
+        assert resolve_device().index == 1
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        assert resolve_device("cuda").index == 0
+
+
 def test_a_rank_without_a_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with (

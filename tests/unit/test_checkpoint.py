@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
@@ -45,6 +46,29 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     for key in ("epoch", "classes", "dtype", "device", "size", "nothing", "flags"):
         assert loaded[key] == state[key]
     assert [path.name for path in tmp_path.iterdir()] == ["größe.pt"]
+
+
+class Colour(str, enum.Enum):
+    RED = "red"
+
+
+class Count(enum.IntEnum):
+    TWO = 2
+
+
+def test_subclasses_of_plain_types_become_plain(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c.pt", {"a": Colour.RED, "b": Count.TWO, "c": np.str_("x")})
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    assert loaded == {"a": "red", "b": 2, "c": "x"}
+    assert [type(value) for value in loaded.values()] == [str, int, str]
+
+
+def test_schedulers_of_torch_resume(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 5])
+    save_checkpoint(tmp_path / "c.pt", scheduler.state_dict())
+    scheduler.load_state_dict(load_checkpoint(tmp_path / "c.pt"))
+    assert sorted(scheduler.milestones.elements()) == [2, 2, 5]
 
 
 class Code:

@@ -8,7 +8,14 @@ import sys
 import pytest
 import torch
 
-from portable_amp import DeviceContext, PrecisionFallbackWarning, UnsupportedPrecisionError
+from portable_amp import (
+    DeviceContext,
+    PrecisionFallbackWarning,
+    UnsupportedPrecisionError,
+    choose,
+    context,
+)
+from portable_amp.testing import machine
 from support import playing
 
 
@@ -36,10 +43,11 @@ def test_explain_tells_every_decision() -> None:
     for words in (
         "Precision: fp16, asked for 'auto': fp16 is native here and bf16 is not",
         "Seen: Tesla T4, compute capability 7.5",
-        'DeviceContext(precision="fp32" | "bf16")',
+        'DeviceContext(precision="fp32")',
         "Gradient scaler: on",
         "Cache: torch.cuda.empty_cache()",
         "Copies: asynchronous from pinned memory",
+        "DeviceContext('cuda:0')",
         "Several processes: nccl",
         "$PORTABLE_AMP_DEVICE",
     ):
@@ -127,12 +135,26 @@ def test_it_pickles_and_compares(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_synchronize_asks_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    asked: list[object] = []
     monkeypatch.setattr(torch.mps, "synchronize", lambda: asked.append("mps"))
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
     with playing("m2-macos14"):
         DeviceContext().synchronize()
+    with playing("a100", count=2):
+        DeviceContext("cuda:1").synchronize()
     DeviceContext("cpu").synchronize()
-    assert asked == ["mps"]
+    assert asked == ["mps", torch.device("cuda:1")]
+
+
+def test_ranks_that_agree_refuse_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    t4 = machine("t4").capabilities
+    monkeypatch.setattr(context, "agree_on_plan", lambda request, can: choose(request, t4))
+    with playing("a100"):
+        strict = DeviceContext(precision="bf16", unsupported="raise")
+        with pytest.raises(UnsupportedPrecisionError, match="emulated"):
+            strict.agreed()
+        with pytest.warns(PrecisionFallbackWarning):
+            assert DeviceContext(precision="bf16").agreed().plan.name == "fp32"
 
 
 def test_without_processes_a_context_agrees_with_itself() -> None:

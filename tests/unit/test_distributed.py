@@ -85,7 +85,7 @@ mine = init_distributed("cpu")
 # Each rank believes to be on another machine.
 kinds = [machine(key).capabilities for key in sys.argv[1:]]
 ctx = context._restore(torch.device("cpu"), kinds[mine.rank],
-                       context.choose("auto", kinds[mine.rank]))
+                       context.choose("auto", kinds[mine.rank]), "fallback")
 agreed = ctx.agreed()
 print(f"rank {mine.rank}: {ctx.plan.name} -> {agreed.plan.name}", flush=True)
 torch.distributed.destroy_process_group()

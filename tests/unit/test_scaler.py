@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from portable_amp import (
     ScaleCollapseWarning,
     ScalerShim,
     StateWarning,
+    maybe_autocast,
 )
+from portable_amp.testing import machine
 from support import playing
 
 INF = float("inf")
@@ -47,6 +51,25 @@ def test_it_is_on_only_where_automatic_precision_is_fp16(key: str, on: bool) -> 
         ctx = DeviceContext(precision="fp16")
         assert ctx.scaler().is_enabled()
     assert not ScalerShim().is_enabled()
+
+
+@pytest.mark.parametrize("key", ["a100", "t4", "m2-macos14", "arc-a770", "gtx1660", "m1-macos13"])
+def test_the_two_drop_ins_agree(key: str) -> None:
+    """fp16 without loss scaling loses gradients silently: swapped names must not lead there."""
+    with playing(key) as hardware, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrecisionFallbackWarning)
+        kind = hardware.device_type
+        for named in ((), (kind,), (f"{kind}:0",)):
+            with maybe_autocast(*named):
+                half = torch.is_autocast_enabled(kind)
+                half = half and torch.get_autocast_dtype(kind) is torch.float16
+            assert ScalerShim(*named).is_enabled() is half
+
+
+def test_fp16_that_cannot_be_scaled_is_told() -> None:
+    old = replace(machine("m2-macos14").hardware, torch_version=(2, 6))
+    with playing(old), pytest.warns(PrecisionFallbackWarning, match="no gradient scaler for it"):
+        assert not ScalerShim("mps").is_enabled()
 
 
 def test_an_absent_device_disables_it_and_is_told_once() -> None:

@@ -55,6 +55,14 @@ def test_copies_are_asynchronous_only_where_that_is_safe(
     assert copies.non_blocking == [expected]
 
 
+def test_a_narrowed_copy_is_not_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = Copies(monkeypatch, pinned=True)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.dtype is torch.float64)
+    with playing("arc-a770"), pytest.warns(PrecisionFallbackWarning):
+        DeviceContext(precision="fp32").to(torch.ones(1, dtype=torch.float64))
+    assert copies.non_blocking == [False]
+
+
 def test_containers_keep_their_type_and_other_things_their_identity() -> None:
     thing = object()
     moved = DeviceContext("cpu").to(
