@@ -58,6 +58,12 @@ def playing(hardware: Hardware | str, count: int = 1, **changes: object) -> Iter
             torch.cuda.amp.common, "amp_definitely_not_available", return_value=False
         ),
         mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True),
+        # torch 2.6 to 2.9 asks this for bf16 on MPS, and off a Mac the question itself raises.
+        mock.patch.object(
+            torch.backends.mps,
+            "is_macos_or_newer",
+            lambda major, minor: (seen.macos or (0, 0)) >= (major, minor),
+        ),
     ):
         yield seen
     forget()

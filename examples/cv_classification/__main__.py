@@ -1,0 +1,109 @@
+"""The command line: python -m cv_classification train | evaluate | predict | demo."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cv_classification.config import InputError, load_config
+from cv_classification.demo import demo
+from cv_classification.evaluate import evaluate
+from cv_classification.train import train
+from cv_classification.tta import predict
+from portable_amp import PortableAmpError
+
+COMMANDS = {
+    "train": "train a model",
+    "evaluate": "tell how good a model is, on its validation images or on others",
+    "predict": "write submission.csv, each prediction averaged over views of the image",
+    "demo": "write digits, train, predict, and score: the whole pipeline in a minute",
+}
+PATH: dict[str, Any] = {"type": Path}
+FLAG: dict[str, Any] = {"action": "store_true"}
+# An option, the commands that have it, its help, and what else argparse is told of it.
+OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("checkpoint", "evaluate predict", "a checkpoint, or the folder of a run", PATH),
+    ("--config", "train", "YAML file with the settings", PATH),
+    ("--resume", "train", "go on with the run in `output`", FLAG),
+    ("--data", "evaluate predict", "data folder, or a table of labelled images", PATH),
+    ("--images", "evaluate", "folder of the images that a table names", PATH),
+    ("--output", "predict", "default: submission.csv beside the checkpoint", PATH),
+    ("--tta", "evaluate", "average over the preset's views", FLAG),
+    ("--no-tta", "predict", "see each image once", {"action": "store_false", "dest": "tta"}),
+    ("--skip-bad-images", "train evaluate", "go on without them", {**FLAG, "dest": "skip_bad"}),
+    ("--out", "demo", "folder, default %(default)s", {**PATH, "default": Path("runs/demo")}),
+    ("--seed", "demo", "default %(default)s", {"type": int, "default": 0}),
+    ("--explain", "train evaluate predict demo", "say why the device is used as it is", FLAG),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """One that reports a mistake in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it, for `main` to print."""
+        raise InputError(f"{message}; {self.prog} --help tells more")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 1 where a demo misses its mark, 2 on bad input."""
+    # Standard error is for what went wrong; what was decided, and why, belongs to the output.
+    notices = logging.StreamHandler(sys.stdout)
+    logging.getLogger("portable_amp").addHandler(notices)
+    try:
+        return run(argv)
+    # OSError: the disk is full, or a folder is not ours to write to.
+    except (InputError, PortableAmpError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; `train --resume` goes on after the last whole epoch", file=sys.stderr)
+        return 130
+    finally:
+        logging.getLogger("portable_amp").removeHandler(notices)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Parse and dispatch.
+
+    Raises:
+        InputError: what was asked for cannot be done.
+        PortableAmpError: nor by the device.
+    """
+    # Settings are the words that are left over: argparse has no way to let options stand between.
+    args, overrides = make_parser().parse_known_args(argv)
+    options = {name: value for name, value in vars(args).items() if name != "command"}
+    if args.command == "train":
+        config = load_config(options.pop("config"), overrides)
+        print(f"best model: {train(config, **options).path}")
+    elif args.command == "evaluate":
+        evaluate(overrides=overrides, **options)
+    elif args.command == "predict":
+        predict(overrides=overrides, **options)
+    elif not demo(overrides=overrides, **options):
+        return 1
+    return 0
+
+
+def make_parser() -> Parser:
+    """The commands, and their options by the names of their functions' arguments."""
+    parser = Parser(
+        prog="python -m cv_classification",
+        description=__doc__,
+        epilog="Settings are given as key=value or section.key=value, such as train.lr=1e-4.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, epilog=parser.epilog)
+        for option, users, told, details in OPTIONS:
+            if name in users.split():
+                command.add_argument(option, help=told, **details)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

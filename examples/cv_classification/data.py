@@ -1,0 +1,223 @@
+"""Which images there are and what they show: CSV tables, or one folder per class."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
+
+from sklearn.model_selection import train_test_split
+
+from cv_classification.config import InputError
+
+COLUMNS = ("ID", "target")
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class Sample(NamedTuple):
+    """One image, and the index of its class; -1 where the class is not known."""
+
+    id: str
+    path: Path
+    label: int = -1
+
+
+class Classes(NamedTuple):
+    """What can be told apart: label `i` is written as `targets[i]` and called `names[i]`."""
+
+    targets: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def read_labelled(
+    path: Path, images: Path | None = None, known: Classes | None = None
+) -> tuple[list[Sample], Classes]:
+    """The labelled images of a folder (train.csv and train/, or a folder per class), or of a CSV.
+
+    `images` is the folder of the images that a CSV names, `train` beside it unless told; `known`
+    are the classes of a trained model, which no image may leave.
+
+    Raises:
+        InputError: it is none of these, or its tables contradict themselves.
+    """
+    table = path / "train.csv" if path.is_dir() else path
+    if table.is_file():
+        return _read_table(table, images or table.parent / "train", known)
+    if not path.is_dir():
+        raise InputError(f"there is no data folder or table {str(path)!r}")
+    return _read_folders(path, known)
+
+
+def read_unlabelled(path: Path) -> list[Sample]:
+    """The images to predict: those of sample_submission.csv, in test/, else all in the folder.
+
+    Raises:
+        InputError: there are none, or the table is wrong.
+    """
+    table = path / "sample_submission.csv"
+    if table.is_file():
+        return [Sample(name, path / "test" / name) for name, _ in read_rows(table)]
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not found:
+        raise InputError(f"{str(path)!r} has neither a sample_submission.csv nor images")
+    return [Sample(file.relative_to(path).as_posix(), file) for file in found]
+
+
+def read_rows(table: Path) -> list[tuple[str, int]]:
+    """The (ID, target) rows of a table, in order.
+
+    Raises:
+        InputError: columns, IDs or targets are missing, twice, or not what they should be.
+    """
+    rows: dict[str, int] = {}
+    for where, name, target in _read_columns(table, *COLUMNS):
+        if not name or _climbs(name):
+            raise InputError(f"{where}: the ID {name!r} is not a path inside the image folder")
+        if name in rows:
+            raise InputError(f"{where}: the ID {name!r} is there twice")
+        rows[name] = _whole(target, where)
+    if not rows:
+        raise InputError(f"{table} has no rows")
+    return list(rows.items())
+
+
+def split(
+    samples: Sequence[Sample], classes: Classes, validation: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """The samples for training and for validation, each with every class in proportion.
+
+    Raises:
+        InputError: there are too few classes or images for that.
+    """
+    counts = Counter(sample.label for sample in samples)
+    rarest = min(counts, key=lambda label: counts[label])
+    if len(counts) < 2:
+        raise InputError(f"all images are of class {classes.names[rarest]!r}; two classes work")
+    if counts[rarest] < 2:
+        raise InputError(
+            f"class {classes.names[rarest]!r} has one image; two work, one to train with and one "
+            "to validate with"
+        )
+    labels = [sample.label for sample in samples]
+    try:
+        train, held_out = train_test_split(
+            list(samples), test_size=validation, random_state=seed, stratify=labels
+        )
+    except ValueError as error:
+        raise InputError(
+            f"data.validation={validation}: {len(samples)} images in {len(counts)} classes cannot "
+            f"be divided so that either part has every class: {error}"
+        ) from error
+    return train, held_out
+
+
+def write_text(path: Path, text: str, check: Callable[[Path], None] | None = None) -> None:
+    """Write a file so that `path` holds what it held before, or all of the new text.
+
+    `check` sees the written file before it takes its place, and raises to stop that.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if check:
+            check(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table(
+    path: Path,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a CSV table as `write_text` does."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_text(path, text.getvalue(), check)
+
+
+def _read_table(table: Path, images: Path, known: Classes | None) -> tuple[list[Sample], Classes]:
+    rows = read_rows(table)
+    meta = table.with_name("meta.csv")
+    classes = known or (_read_meta(meta) if meta.is_file() else _numbered(rows))
+    labels = {target: label for label, target in enumerate(classes.targets)}
+    for name, target in rows:
+        if target not in labels:
+            of = "the trained model" if known else str(meta)
+            raise InputError(f"{table}: the target {target} of {name!r} is no class of {of}")
+    return [Sample(name, images / name, labels[target]) for name, target in rows], classes
+
+
+def _read_meta(meta: Path) -> Classes:
+    names: dict[int, str] = {}
+    for where, target, name in _read_columns(meta, "target", "class_name"):
+        if _whole(target, where) in names:
+            raise InputError(f"{where}: the target {target} is there twice")
+        names[_whole(target, where)] = name
+    return Classes(tuple(sorted(names)), tuple(names[target] for target in sorted(names)))
+
+
+def _numbered(rows: Sequence[tuple[str, int]]) -> Classes:
+    targets = tuple(sorted({target for _, target in rows}))
+    return Classes(targets, tuple(map(str, targets)))
+
+
+def _read_folders(path: Path, known: Classes | None) -> tuple[list[Sample], Classes]:
+    folders = sorted(
+        entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not folders:
+        raise InputError(f"{str(path)!r} has neither a train.csv nor a folder per class")
+    names = known.names if known else tuple(folder.name for folder in folders)
+    samples = []
+    for folder in folders:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        if folder.name not in names:
+            raise InputError(f"{str(folder)!r} is no class of the trained model")
+        if not files:
+            raise InputError(f"the class folder {str(folder)!r} has no images")
+        label = names.index(folder.name)
+        samples += [Sample(f"{folder.name}/{file.name}", file, label) for file in files]
+    return samples, known or Classes(tuple(range(len(names))), names)
+
+
+def _read_columns(table: Path, first: str, second: str) -> list[tuple[str, str, str]]:
+    """Two columns of a table, each row after the place where it stands."""
+    try:
+        # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or ()
+            missing = [column for column in (first, second) if column not in columns]
+            if missing:
+                raise InputError(f"{table} has no column {missing[0]!r}, only {list(columns)}")
+            return [
+                (f"{table}, line {reader.line_num}", row[first] or "", row[second] or "")
+                for row in reader
+            ]
+    except OSError as error:
+        raise InputError(f"cannot read {str(table)!r}: {error.strerror}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{table} is not a CSV table in UTF-8: {error}") from error
+
+
+def _whole(text: str, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{where}: the target {text!r} is not a whole number") from None
+
+
+def _climbs(name: str) -> bool:
+    """Whether an ID leads out of its folder, on whichever system."""
+    paths = (PurePosixPath(name), PureWindowsPath(name))
+    return any(path.is_absolute() or path.drive or ".." in path.parts for path in paths)

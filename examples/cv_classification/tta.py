@@ -1,0 +1,126 @@
+"""Predictions: class probabilities, averaged over views of each image, and the submission."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from cv_classification.augment import Transform, find_preset
+from cv_classification.config import InputError, check_folder
+from cv_classification.data import COLUMNS, Sample, read_rows, read_unlabelled, write_table
+from cv_classification.images import Batches, Draws, ImageDataset, check_images, make_loader
+from cv_classification.model import Trained, load_trained
+from portable_amp import DeviceContext
+
+
+def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
+    """Turned counter-clockwise, edges drawn out: (N, C, S, S) float -> the same."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = images.new_tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
+    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+# Axes are counted from the end: torch.fliplr would flip the channels of a batch.
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda images: images,
+    "fliplr": lambda images: images.flip(-1),
+    "flipud": lambda images: images.flip(-2),
+    "rotate180": lambda images: images.flip(-1, -2),
+    "transpose": lambda images: images.transpose(-1, -2),
+    "rotate+5": partial(rotate, degrees=5.0),
+    "rotate-5": partial(rotate, degrees=-5.0),
+}
+
+
+def stack_views(images: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """images: (N, C, S, S), 0 to 255 -> (V, N, C, S, S) float32, one view per name."""
+    images = images.float()
+    return torch.stack([VIEWS[name](images) for name in names])
+
+
+def merge(logits: torch.Tensor) -> torch.Tensor:
+    """logits: (V, N, C) -> probabilities (N, C) float32 in [0, 1], the mean over V views."""
+    return logits.float().softmax(-1).mean(0)
+
+
+@torch.inference_mode()
+def probabilities(
+    model: nn.Module, batches: Batches, ctx: DeviceContext, views: Sequence[str] = ("identity",)
+) -> torch.Tensor:
+    """Probabilities (N, C) float32 on the CPU, for the loader's images in its order."""
+    model.eval()
+    merged = []
+    for images, _ in tqdm(batches, desc="predict", leave=False, disable=None):
+        stacked = stack_views(ctx.to(images), views)
+        with ctx.autocast():
+            logits = model(stacked.flatten(0, 1))
+        merged.append(merge(logits.unflatten(0, stacked.shape[:2])))
+    return torch.cat(merged).cpu()  # the only wait for the device
+
+
+def predict_samples(
+    trained: Trained, samples: Sequence[Sample], ctx: DeviceContext, *, tta: bool
+) -> torch.Tensor:
+    """Probabilities (N, C) float32 of a trained model, in the order of the samples."""
+    preset = find_preset(trained.config.data.preset)
+    dataset = ImageDataset(samples, Transform(preset, trained.model.size, training=False))
+    batches = make_loader(dataset, Draws(len(samples)), ctx, trained.config)
+    views = preset.views if tta else ("identity",)
+    return probabilities(ctx.to(trained.model), batches, ctx, views)
+
+
+def predict(
+    checkpoint: Path,
+    overrides: Sequence[str] = (),
+    *,
+    data: Path | None = None,
+    output: Path | None = None,
+    tta: bool = True,
+    explain: bool = False,
+) -> Path:
+    """Write submission.csv for the images of sample_submission.csv, and return its path.
+
+    `data` is the folder with sample_submission.csv and test/, or with images only: unless told, the
+    one trained on. `output` is submission.csv beside the checkpoint, unless told.
+
+    Raises:
+        InputError: checkpoint or data cannot be used; nothing was written.
+        PortableAmpError: the checkpoint is unreadable, or there is no such device.
+    """
+    trained = load_trained(checkpoint, overrides)
+    ctx = DeviceContext(trained.config.device, precision=trained.config.precision)
+    print(ctx.explain() if explain else ctx.summary())
+    submission = output or trained.path.parent / "submission.csv"
+    if submission.is_dir():
+        raise InputError(f"the output {str(submission)!r} is a folder; name a file")
+    check_folder(submission.parent)
+    samples = check_images(read_unlabelled(data or trained.config.data.path))
+    guesses = predict_samples(trained, samples, ctx, tta=tta).argmax(1).tolist()
+    targets = trained.classes.targets
+    rows = [(one.id, targets[guess]) for one, guess in zip(samples, guesses, strict=True)]
+    submission.parent.mkdir(parents=True, exist_ok=True)
+    write_table(submission, COLUMNS, rows, lambda file: check_submission(file, samples, targets))
+    print(f"{len(rows)} predictions: {submission}")
+    return submission
+
+
+def check_submission(file: Path, samples: Sequence[Sample], targets: Sequence[int]) -> None:
+    """See that a submission has exactly these images, in this order, and only these targets.
+
+    Raises:
+        InputError: it has not.
+    """
+    rows = read_rows(file)
+    if [name for name, _ in rows] != [sample.id for sample in samples]:
+        raise InputError(f"{file} has other IDs than the sample, or another order")
+    unknown = {target for _, target in rows} - set(targets)
+    if unknown:
+        raise InputError(f"{file} has the target {min(unknown)}, which is no class")
