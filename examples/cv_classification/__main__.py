@@ -20,7 +20,7 @@ COMMANDS = {
     "train": "train a model",
     "evaluate": "tell how good a model is, on its validation images or on others",
     "predict": "write submission.csv, each prediction averaged over views of the image",
-    "demo": "write digits, train, predict, and score: the whole pipeline in a minute",
+    "demo": "write digits, train, predict, and score: the whole pipeline in a minute or two",
 }
 PATH: dict[str, Any] = {"type": Path}
 FLAG: dict[str, Any] = {"action": "store_true"}

@@ -67,6 +67,8 @@ class TrainConfig(Section):
     max_norm: Positive | None = None
     """Clip the norm of the whole gradient to this."""
     label_smoothing: Share = 0.0
+    monitor: Literal["macro_f1", "accuracy", "log_loss"] = "macro_f1"
+    """What the best epoch is best at; few validation images make all but log loss coarse."""
     patience: Count | None = None
     """Stop after so many epochs without a better one."""
 

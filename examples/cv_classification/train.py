@@ -103,8 +103,9 @@ def train(
     trained = Trained(model, config, data.classes, data.digest, best)
     config.output.mkdir(parents=True, exist_ok=True)
     for epoch in range(len(history), config.train.epochs):
-        if stale_epochs(history) >= (config.train.patience or math.inf):
-            print(f"stopped early, {stale_epochs(history)} epochs after the best")
+        stale = stale_epochs(history, config.train.monitor)
+        if stale >= (config.train.patience or math.inf):
+            print(f"stopped early, {stale} epochs after the best")
             break
         began = time.perf_counter()
         draws.epoch = epoch
@@ -116,7 +117,7 @@ def train(
         row |= {"loss": loss, **measure(probabilities(model, held_out, ctx), labels)}
         history.append({**row, "seconds": time.perf_counter() - began})
         # The best first: a run interrupted between the two repeats this epoch when resumed.
-        if stale_epochs(history) == 0:
+        if stale_epochs(history, config.train.monitor) == 0:
             save_checkpoint(best, describe(trained))
         state = {
             "optimizer": optimizer.state_dict(),
@@ -181,9 +182,10 @@ def train_epoch(
     return mean, updates
 
 
-def stale_epochs(history: list[Row]) -> int:
-    """How many epochs ago the best one was: by macro F1, then by log loss."""
-    scores = [(row["macro_f1"], -row["log_loss"]) for row in history]
+def stale_epochs(history: list[Row], monitor: str) -> int:
+    """How many epochs ago the best one was: by what is monitored, then by log loss."""
+    sign = -1 if monitor == "log_loss" else 1
+    scores = [(sign * row[monitor], -row["log_loss"]) for row in history]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,14 @@ def test_transforms_do_not_toss_the_same_coin() -> None:
         seen[view] = seen.get(view, 0) + 1
     assert len(seen) == 8
     assert min(seen.values()) > 25
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_data_sets_travel_to_spawned_workers(preset: str, tmp_path: Path) -> None:
+    dataset = ImageDataset([gradient(tmp_path)], Transform(PRESETS[preset], 24, training=True))
+    (image, label), (same, _) = dataset[0, 5], pickle.loads(pickle.dumps(dataset))[0, 5]
+    assert torch.equal(image, same)
+    assert label == 0
 
 
 def test_evaluation_draws_nothing_and_keeps_the_order(tmp_path: Path) -> None:

@@ -31,8 +31,10 @@ class Linear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 3)
+        self.eval()  # as validation leaves it
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert self.training
         return self.layer(images)
 
 
@@ -73,7 +75,7 @@ def run_epoch(
 
 @pytest.mark.parametrize(("count", "accumulate"), [(4, 2), (5, 2), (7, 3), (2, 5), (3, 1)])
 def test_accumulated_steps_are_those_of_the_large_batch(count: int, accumulate: int) -> None:
-    model, reference = Linear(), Linear()
+    model, reference = Linear(), Linear().train()
     reference.load_state_dict(model.state_dict())
     batches = linear_batches(count)
     loss, updates, seen = run_epoch(
@@ -256,6 +258,36 @@ def test_early_stopping_gives_the_best_weights_back(
     again = training.train(config, resume=True)
     assert_same_bits(again.model.state_dict(), trained.model.state_dict())
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_is_best_is_what_is_monitored() -> None:
+    history = [
+        {"macro_f1": 0.8, "accuracy": 0.9, "log_loss": 0.3},
+        {"macro_f1": 0.9, "accuracy": 0.8, "log_loss": 0.4},
+        {"macro_f1": 0.9, "accuracy": 0.7, "log_loss": 0.2},
+        {"macro_f1": 0.9, "accuracy": 0.7, "log_loss": 0.2},
+    ]
+    assert training.stale_epochs(history, "macro_f1") == 1  # the log loss decides, then the first
+    assert training.stale_epochs(history, "accuracy") == 3
+    assert training.stale_epochs(history, "log_loss") == 1
+    assert training.stale_epochs(history[:1], "log_loss") == 0
+    assert training.stale_epochs([], "macro_f1") == 0
+
+
+def test_every_epoch_has_an_order_of_its_own(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_epoch, orders = training.train_epoch, []
+
+    def watched(model: Any, batches: Any, *rest: Any) -> tuple[float, int]:
+        orders.append(list(batches.sampler))
+        return train_epoch(model, batches, *rest)
+
+    monkeypatch.setattr(training, "train_epoch", watched)
+    assert main(["train", *settings()]) == 0
+    assert len(orders) == 2
+    assert orders[0] != orders[1]
+    assert not {seed for _, seed in orders[0]} & {seed for _, seed in orders[1]}
 
 
 def test_a_data_set_smaller_than_a_batch_is_trained_on(settings: Settings, tmp_path: Path) -> None:
