@@ -18,7 +18,7 @@ from portable_amp import (
     maybe_autocast,
 )
 from portable_amp.testing import machine
-from support import playing
+from support import KINDS, playing
 
 INF = float("inf")
 
@@ -53,6 +53,10 @@ def test_it_is_on_only_where_automatic_precision_is_fp16(key: str, on: bool) -> 
     assert not ScalerShim().is_enabled()
 
 
+without_mps = pytest.mark.skipif("mps" not in KINDS, reason="this torch has no autocast for MPS")
+
+
+@without_mps
 @pytest.mark.parametrize("key", ["a100", "t4", "m2-macos14", "arc-a770", "gtx1660", "m1-macos13"])
 def test_the_two_drop_ins_agree(key: str) -> None:
     """fp16 without loss scaling loses gradients silently: swapped names must not lead there."""
@@ -66,6 +70,7 @@ def test_the_two_drop_ins_agree(key: str) -> None:
             assert ScalerShim(*named).is_enabled() is half
 
 
+@without_mps
 def test_fp16_that_cannot_be_scaled_is_told() -> None:
     old = replace(machine("m2-macos14").hardware, torch_version=(2, 6))
     with playing(old), pytest.warns(PrecisionFallbackWarning, match="no gradient scaler for it"):
