@@ -290,6 +290,7 @@ def compiled_dtype(function: object) -> torch.dtype:
     with warnings.catch_warnings():
         # Dynamo's own imports may warn on some versions; what is tested is fullgraph and the dtype.
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Guards may run slower", RuntimeWarning)  # Python 3.13.0
         whole = torch.compile(function, fullgraph=True, backend="eager")  # type: ignore[call-overload]
         return whole(torch.ones(2, 2)).dtype  # type: ignore[no-any-return]
 
