@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from portable_amp import autocast, backends, capabilities, notices
+from portable_amp import backends, capabilities, notices
 from portable_amp.backends import Backend, Hardware
 from portable_amp.testing import machine
 
@@ -29,7 +29,7 @@ KINDS = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast
 def forget() -> None:
     """Nothing was probed, decided or told yet."""
     capabilities._probe.cache_clear()
-    autocast._look_up.cache_clear()
+    capabilities.look_up.cache_clear()
     notices.forget()
     # torch remembers the modules that vendors register
     getattr(torch.get_device_module, "cache_clear", lambda: None)()

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from portable_amp.backends import backend_for, parse_device, resolve_device
-from portable_amp.capabilities import Capabilities, Support, probe
+from portable_amp.backends import resolve_device
+from portable_amp.capabilities import Support, look_up, probe
 from portable_amp.errors import PrecisionFallbackWarning
 from portable_amp.notices import tell_once
 from portable_amp.precision import choose
@@ -161,7 +161,7 @@ def _decide(
             plan = choose("auto", probe(device_type))
             dtype = plan.dtype if plan.autocast else None
             enabled = enabled and plan.autocast
-    kind, capabilities = _look_up(device_type)
+    kind, capabilities = look_up(device_type)
     if capabilities is None or not capabilities.autocast:
         if enabled:
             why = (
@@ -192,16 +192,6 @@ def _decide(
 # torch.compile traces maybe_autocast; the decision is a constant to it, taken while tracing. This
 # is what torch.compiler.assume_constant_result sets (2.4 to 2.15); calling that imports Dynamo.
 _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _look_up(device_type: str | torch.device) -> tuple[str, Capabilities | None]:
-    """The device type, and what it can do; None where this machine has none."""
-    device = parse_device(device_type)
-    count = backend_for(device.type).count()
-    if not count:
-        return device.type, None
-    return device.type, probe(device if (device.index or 0) < count else device.type)
 
 
 def _tell(subject: object, message: str) -> None:

@@ -65,7 +65,6 @@ class Backend:
     """How to deal with one device type."""
 
     device_type: str
-    label: str
     count: Callable[[], int]
     """Devices present, 0 for none; never raises."""
     read: Callable[[torch.device], Hardware]
@@ -84,8 +83,6 @@ class Backend:
     """How batches get there, for `explain`."""
     distributed: str | None = None
     """The torch.distributed backend that talks between such devices."""
-    channels_last: bool = False
-    """channels_last convolutions are correct in forward and backward."""
     out_of_memory: tuple[str, ...] = ()
     """What an out-of-memory error of this device says."""
 
@@ -173,25 +170,28 @@ def _count_mps() -> int:
 
 def _read_mps(device: torch.device) -> Hardware:
     release = platform.mac_ver()[0].split(".")
-    recommended = torch_function("mps.recommended_max_memory")
     name = torch_function("backends.mps.get_name")
     return Hardware(
         "mps",
         str(name()) if name else "Apple GPU",
         torch_version(),
         autocast=torch.amp.is_autocast_available("mps"),
-        total_memory=int(recommended()) if recommended else None,
+        total_memory=_mps_total(),
         macos=(int(release[0] or 0), int(release[1]) if len(release) > 1 else 0),
         float64=False,
     )
 
 
-def _memory_mps(device: torch.device) -> MemoryStats:
+def _mps_total() -> int | None:
     recommended = torch_function("mps.recommended_max_memory")
+    return int(recommended()) if recommended else None
+
+
+def _memory_mps(device: torch.device) -> MemoryStats:
     return MemoryStats(
         allocated=torch.mps.current_allocated_memory(),
         reserved=torch.mps.driver_allocated_memory(),
-        total=int(recommended()) if recommended else None,
+        total=_mps_total(),
     )
 
 
@@ -271,22 +271,17 @@ def _generic(device_type: str) -> Backend:
             else (bool(bf16()) if bf16 else None),
         )
 
-    def memory(device: torch.device) -> MemoryStats:
-        return _memory_cuda_like(device)
-
     return Backend(
         device_type,
-        device_type.upper(),
         count,
         read,
-        memory,
+        _memory_cuda_like,
         empty_cache=f"{device_type}.empty_cache",
         get_rng_state=f"{device_type}.get_rng_state",
         set_rng_state=f"{device_type}.set_rng_state",
         set_device=f"{device_type}.set_device",
         synchronize=f"{device_type}.synchronize",
         distributed=_VENDOR_DISTRIBUTED.get(device_type),
-        out_of_memory=(f"{device_type.upper()} out of memory",),
     )
 
 
@@ -297,7 +292,6 @@ _ASYNCHRONOUS = "asynchronous from pinned memory; loader_options() pins"
 
 CUDA = Backend(
     "cuda",
-    "CUDA",
     _count_cuda,
     _read_cuda,
     _memory_cuda_like,
@@ -309,7 +303,6 @@ CUDA = Backend(
     pins_memory=True,
     copies=_ASYNCHRONOUS,
     distributed="nccl",
-    channels_last=True,
     out_of_memory=(
         "CUDA out of memory",
         "HIP out of memory",
@@ -324,7 +317,6 @@ CUDA = Backend(
 )
 XPU = Backend(
     "xpu",
-    "XPU",
     _count_xpu,
     _read_xpu,
     _memory_cuda_like,
@@ -336,12 +328,10 @@ XPU = Backend(
     pins_memory=True,
     copies=_ASYNCHRONOUS,
     distributed="xccl",
-    channels_last=True,
     out_of_memory=("XPU out of memory", "UR_RESULT_ERROR_OUT_OF_"),
 )
 MPS = Backend(
     "mps",
-    "MPS",
     _count_mps,
     _read_mps,
     _memory_mps,
@@ -352,18 +342,15 @@ MPS = Backend(
     takes_device=False,
     synchronize="mps.synchronize",
     copies="synchronous: a non_blocking copy to MPS can corrupt data (pytorch#139550)",
-    # pytorch#175189: channels_last with BatchNorm gives a wrong backward or a crash.
     out_of_memory=("MPS backend out of memory",),
 )
 CPU = Backend(
     "cpu",
-    "CPU",
     lambda: 1,
     _read_cpu,
     _no_memory,
     copies="none: batches are there already",
     distributed="gloo",
-    channels_last=True,
     out_of_memory=(
         "DefaultCPUAllocator: can't allocate memory",
         "DefaultCPUAllocator: not enough memory",

@@ -12,7 +12,7 @@ from enum import Enum
 
 import torch
 
-from portable_amp.backends import Hardware, backend_for, resolve_device
+from portable_amp.backends import Hardware, backend_for, parse_device, resolve_device
 
 
 class Support(str, Enum):
@@ -66,6 +66,20 @@ def probe(device: torch.device | str | None = None) -> Capabilities:
         DeviceError: there is no such device here.
     """
     return _probe(resolve_device(device))
+
+
+@functools.cache
+def look_up(device: str | torch.device) -> tuple[str, Capabilities | None]:
+    """The device type, and what it can do; None where this machine has none of that type.
+
+    Raises:
+        DeviceError: torch knows no such device.
+    """
+    named = parse_device(device)
+    count = backend_for(named.type).count()
+    if not count:
+        return named.type, None
+    return named.type, probe(named if (named.index or 0) < count else named.type)
 
 
 @functools.cache

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from portable_amp.backends import backend_for, present, resolve_device
-from portable_amp.capabilities import derive
+from portable_amp.backends import present, resolve_device
 from portable_amp.context import DeviceContext
 from portable_amp.errors import DeviceError
 from portable_amp.notices import logger
@@ -56,8 +55,7 @@ def diagnose() -> dict[str, Any]:
 def examine(device: str) -> dict[str, Any]:
     """One device: facts, what "auto" and each explicit request become, a training step, traps."""
     ctx = DeviceContext(device)
-    hardware = backend_for(ctx.device.type).read(ctx.device)
-    can = derive(hardware)
+    can, hardware = ctx.capabilities, ctx.backend.read(ctx.device)
     plans = {request: choose(request, can) for request in ("auto", "fp16", "bf16")}
     return {
         "device": str(ctx.device),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import OptState
 
-from portable_amp.backends import backend_for, parse_device, resolve_device
-from portable_amp.capabilities import Capabilities, Support, probe
+from portable_amp.backends import resolve_device
+from portable_amp.capabilities import Capabilities, Support, look_up
 from portable_amp.errors import PrecisionFallbackWarning, ScaleCollapseWarning, StateWarning
 from portable_amp.notices import tell, tell_once
 from portable_amp.precision import choose
@@ -107,8 +107,7 @@ class ScalerShim(torch.amp.GradScaler):
         growth_interval: int = 2000,
         enabled: bool | None = None,
     ) -> None:
-        kind = (resolve_device() if device is None else parse_device(device)).type
-        capabilities = probe(kind) if backend_for(kind).count() else None
+        kind, capabilities = look_up(resolve_device() if device is None else device)
         if enabled is None:
             enabled = capabilities is not None and _fp16_is_next(
                 capabilities, named=device is not None
