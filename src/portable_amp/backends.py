@@ -41,6 +41,8 @@ class Hardware:
     arch: str = ""
     """AMD only: the compiler's name of the chip, such as gfx90a."""
     macos: tuple[int, int] | None = None
+    system: str = ""
+    """platform.system(): "Linux", "Darwin" or "Windows"; empty where nobody asked."""
     cpu_features: frozenset[str] = frozenset()
     float64: bool | None = None
     float16: bool | None = None
@@ -123,6 +125,7 @@ def _read_cuda(device: torch.device) -> Hardware:
         found.name,
         torch_version(),
         autocast=torch.amp.is_autocast_available("cuda"),
+        system=platform.system(),
         total_memory=found.total_memory,
         compute_capability=None if amd else (found.major, found.minor),
         arch=found.gcnArchName.split(":")[0] if amd else "",
@@ -153,6 +156,7 @@ def _read_xpu(device: torch.device) -> Hardware:
         found.name,
         torch_version(),
         autocast=torch.amp.is_autocast_available("xpu"),
+        system=platform.system(),
         total_memory=found.total_memory,
         # These three attributes came with torch 2.5; without them nothing is claimed.
         float64=getattr(found, "has_fp64", None),
@@ -176,6 +180,7 @@ def _read_mps(device: torch.device) -> Hardware:
         str(name()) if name else "Apple GPU",
         torch_version(),
         autocast=torch.amp.is_autocast_available("mps"),
+        system=platform.system(),
         total_memory=_mps_total(),
         macos=(int(release[0] or 0), int(release[1]) if len(release) > 1 else 0),
         float64=False,
@@ -223,6 +228,7 @@ def _read_cpu(device: torch.device) -> Hardware:
         name,
         torch_version(),
         autocast=torch.amp.is_autocast_available("cpu"),
+        system=platform.system(),
         cpu_features=features,
         float64=True,
     )
@@ -265,6 +271,7 @@ def _generic(device_type: str) -> Backend:
             str(name(device)) if name else device_type,
             torch_version(),
             autocast=torch.amp.is_autocast_available(device_type),
+            system=platform.system(),
             float16=None if dtypes is None else torch.float16 in dtypes,
             bfloat16=torch.bfloat16 in dtypes
             if dtypes is not None

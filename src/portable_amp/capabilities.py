@@ -87,6 +87,14 @@ def _probe(device: torch.device) -> Capabilities:
     return derive(backend_for(device.type).read(device))
 
 
+def forget() -> None:
+    """Read everything anew when it is asked for next, for tests."""
+    _probe.cache_clear()
+    look_up.cache_clear()
+    # torch, too, remembers the modules that vendors register.
+    getattr(torch.get_device_module, "cache_clear", lambda: None)()
+
+
 def derive(hardware: Hardware) -> Capabilities:
     """The facts that follow from the readings; pure, so readings alone can play a machine."""
     return _DERIVE.get(hardware.device_type, _derive_generic)(hardware)

@@ -6,6 +6,7 @@ __all__ = [
     "CheckpointError",
     "DeviceError",
     "DistributedError",
+    "MachineError",
     "PortableAmpError",
     "PortableAmpWarning",
     "PrecisionFallbackWarning",
@@ -33,6 +34,10 @@ class CheckpointError(PortableAmpError, RuntimeError):
 
 class DistributedError(PortableAmpError, RuntimeError):
     """The launcher's environment is incomplete, or the device has no way to talk to its peers."""
+
+
+class MachineError(PortableAmpError, LookupError):
+    """The testing kit has no such machine, version of torch or option."""
 
 
 class PortableAmpWarning(UserWarning):

@@ -55,8 +55,8 @@ def test_each_rank_takes_its_own_device(
 
 
 def test_torchs_current_device_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     with playing("a100", count=2):
+        torch.cuda.set_device(1)
         assert resolve_device("cuda").index == 1
         assert resolve_device().index == 1
         monkeypatch.setenv("LOCAL_RANK", "0")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from portable_amp import Support, probe
+from portable_amp import MachineError, Support, probe
 from portable_amp.capabilities import derive
 from portable_amp.testing import MACHINES, machine
 from support import playing
@@ -86,5 +86,5 @@ def test_a_device_is_read_once() -> None:
 
 
 def test_an_unknown_machine_is_told_the_nearest() -> None:
-    with pytest.raises(KeyError, match="a100"):
+    with pytest.raises(MachineError, match="a100"):
         machine("a101")

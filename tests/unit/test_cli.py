@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from portable_amp import DeviceContext, cli, doctor
-from support import playing
+from portable_amp.testing import play
 
 
 def test_the_doctor_finds_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,7 +30,7 @@ def test_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_device_on_which_no_step_runs_is_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
-    with playing("t4"):  # it is not really there, so the step on it fails
+    with play("t4", live=True, wrong=(torch.float16,)):
         assert cli.main(["doctor"]) == 1
     told = capsys.readouterr().out
     assert "cuda:0: Tesla T4, 15 GiB  <- DeviceContext() takes it" in told

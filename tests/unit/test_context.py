@@ -136,11 +136,12 @@ def test_it_pickles_and_compares(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_synchronize_asks_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: asked.append("mps"))
-    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
     with playing("m2-macos14"):
+        monkeypatch.setattr(torch.mps, "synchronize", lambda: asked.append("mps"))
         DeviceContext().synchronize()
+        monkeypatch.undo()
     with playing("a100", count=2):
+        monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
         DeviceContext("cuda:1").synchronize()
     DeviceContext("cpu").synchronize()
     assert asked == ["mps", torch.device("cuda:1")]

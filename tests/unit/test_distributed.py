@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from portable_amp import DistributedError, Ranks, init_distributed, ranks
+from portable_amp.testing import play
 from support import playing
 
 
@@ -64,14 +65,12 @@ def test_each_kind_of_device_talks_its_own_way(
     monkeypatch: pytest.MonkeyPatch, key: str, device: str, backend: str
 ) -> None:
     _two_ranks(monkeypatch)
-    joined, selected = [], []
-    module = torch.get_device_module(device)
-    monkeypatch.setattr(module, "set_device", selected.append)
+    joined = []
     monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: True)
     monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
-    with playing(key, count=2):
+    with play(key, count=2) as played:
         assert init_distributed(device) == Ranks(1, 1, 2)
-    assert (joined, selected) == ([backend], [1])
+    assert (joined, played.current) == ([backend], 1)
 
 
 PROGRAM = """

@@ -17,48 +17,37 @@ from portable_amp import (
     split_on_oom,
 )
 from portable_amp.backends import MemoryStats
-from support import playing
+from portable_amp.testing import play
 
 
-class Cache:
-    """torch.<backend>.empty_cache and its statistics, in numbers."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
-        self.calls, self.reserved = 0, 80
-        monkeypatch.setattr(module, "empty_cache", self.empty, raising=False)
-
-    def empty(self) -> None:
-        self.calls += 1
-        self.reserved = 50
-
-    def stats(self, device: torch.device) -> MemoryStats:
-        return MemoryStats(40, self.reserved, 100)
-
-
-@pytest.mark.parametrize(
-    ("key", "module"), [("t4", torch.cuda), ("m2-macos14", torch.mps), ("arc-a770", torch.xpu)]
-)
-def test_each_backend_clears_its_own_cache(
-    monkeypatch: pytest.MonkeyPatch, key: str, module: Any
-) -> None:
-    cache = Cache(monkeypatch, module)
-    with playing(key, memory=cache.stats):
+@pytest.mark.parametrize("key", ["t4", "mi250", "arc-a770", "m2-macos14"])
+def test_each_backend_clears_its_own_cache(key: str) -> None:
+    with play(key, live=True, memory=8000) as played:
         ctx = DeviceContext(precision="fp32")
-        assert ctx.clear_cache() == 30
-        assert cache.calls == 1
+        kept, freed = ctx.to(torch.zeros(1000)), ctx.to(torch.zeros(500))
+        del freed
+        assert ctx.memory() == MemoryStats(4000, 6000, 8000)
+        assert ctx.clear_cache() == 2000
+        assert len(played.asked("empty_cache")) == 1
         assert clear_cache() == 0
-        assert ctx.memory() == MemoryStats(40, 50, 100)
+        assert ctx.memory() == MemoryStats(4000, 4000, 8000)
+        assert kept.device == ctx.device
 
 
-def test_pressure_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = Cache(monkeypatch, torch.cuda)
-    with playing("t4", memory=cache.stats):
+def test_pressure_decides() -> None:
+    with play("t4", live=True, memory=5000) as played:
+        _ = torch.zeros(1000, device="cuda")
         assert clear_cache(min_pressure=0.9) is None
-        assert cache.calls == 0
-        assert clear_cache(min_pressure=0.8) == 30
-    with playing("t4", memory=lambda device: MemoryStats()):
+        assert not played.asked("empty_cache")
+        assert clear_cache(min_pressure=0.8) == 0
+        assert played.asked("empty_cache")
+
+
+def test_without_statistics_pressure_never_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    with play("t4") as played:
+        monkeypatch.delattr(torch.cuda, "memory_reserved")
         assert clear_cache(min_pressure=0.0) is None
-        assert cache.calls == 1
+        assert not played.asked("empty_cache")
 
 
 def test_the_cpu_has_nothing_to_clear() -> None:
@@ -67,8 +56,8 @@ def test_the_cpu_has_nothing_to_clear() -> None:
 
 
 def test_an_old_torch_without_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.mps, "empty_cache")
-    with playing("m2-macos14"):
+    with play("m2-macos14"):
+        monkeypatch.delattr(torch.mps, "empty_cache")
         assert clear_cache() is None
 
 
@@ -81,8 +70,9 @@ def test_a_failing_torch_never_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*args: object) -> None:
         raise AssertionError("INTERNAL ASSERT FAILED")
 
-    monkeypatch.setattr(torch.mps, "empty_cache", fail)
-    with playing("m2-macos14", memory=fail):
+    with play("m2-macos14"):
+        monkeypatch.setattr(torch.mps, "empty_cache", fail)
+        monkeypatch.setattr(torch.mps, "current_allocated_memory", fail)
         assert clear_cache() is None
         assert memory_stats() == MemoryStats()
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from portable_amp import (
     seed_everything,
     set_rng_state,
 )
-from support import playing
+from portable_amp.testing import play
 
 
 def draw() -> tuple[float, float, float]:
@@ -46,40 +45,32 @@ def test_state_comes_back_through_a_checkpoint(tmp_path: object) -> None:
     assert [draw() for _ in range(3)] == expected
 
 
-def _fake_rng(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
-    states = {0: torch.tensor([10]), 1: torch.tensor([11])}
-    put: Callable[..., None] = lambda state, device: states.__setitem__(device, state)  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
-    monkeypatch.setattr(torch.cuda, "set_rng_state", put)
-    return states
-
-
-def test_every_device_of_every_backend_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = _fake_rng(monkeypatch)
-    with playing("a100", count=2):
+def test_every_device_of_every_backend_is_saved() -> None:
+    with play("a100", count=2) as played:
+        for index, generator in enumerate(played.generators):
+            generator.manual_seed(index)
         saved = rng_state()
-        assert [int(one) for one in saved["cuda"]] == [10, 11]
-        states.update({0: torch.tensor([0]), 1: torch.tensor([0])})
+        seed_everything(9)
+        assert not torch.equal(saved["cuda"][1], torch.cuda.get_rng_state(1))
         set_rng_state(saved)
-    assert [int(states[index]) for index in (0, 1)] == [10, 11]
+        assert [g.initial_seed() for g in played.generators] == [0, 1]
 
 
-def test_mps_has_one_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    got: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
-    monkeypatch.setattr(torch.mps, "set_rng_state", got.append)
-    with playing("m2-macos14"):
-        set_rng_state(rng_state())
-    assert [int(one) for one in got] == [7]
+def test_mps_has_one_generator() -> None:
+    with play("m2-macos14") as played:
+        played.generators[0].manual_seed(7)
+        saved = rng_state()
+        seed_everything(9)
+        set_rng_state(saved)
+        assert played.generators[0].initial_seed() == 7
 
 
-def test_another_machine_is_told_what_cannot_be_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    _fake_rng(monkeypatch)
-    with playing("a100", count=2):
+def test_another_machine_is_told_what_cannot_be_restored() -> None:
+    with play("a100", count=2):
         saved = rng_state()
     with pytest.warns(StateWarning, match="2 cuda device"):
         set_rng_state(saved)
-    with playing("a100", count=1), pytest.warns(StateWarning, match="2 cuda device"):
+    with play("a100", count=1), pytest.warns(StateWarning, match="2 cuda device"):
         set_rng_state(saved)
 
 

@@ -1,5 +1,6 @@
-"""Machines as values, to test decisions about hardware that is not at hand."""
+"""Other machines, without owning them: a catalogue, and fakes that run your loop on each."""
 
 from portable_amp.testing.machines import MACHINES, Machine, machine
+from portable_amp.testing.play import Call, Played, Quirks, play
 
-__all__ = ["MACHINES", "Machine", "machine"]
+__all__ = ["MACHINES", "Call", "Machine", "Played", "Quirks", "machine", "play"]

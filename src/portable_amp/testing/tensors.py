@@ -1,0 +1,194 @@
+"""Tensors that are asked for on a played device: kept on the CPU, or made shadows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from portable_amp.testing.shadow import Shadow, bare, on_raw, shadows_in
+
+if TYPE_CHECKING:
+    from portable_amp.testing.play import Played
+
+_HOST = torch.device("cpu")
+_NAMED = ("cuda", "xpu", "mps", "hpu", "npu")
+
+
+class Functions(TorchFunctionMode):
+    """Answers torch's functions that name a device, on behalf of the played machine."""
+
+    def __init__(self, played: Played) -> None:
+        super().__init__()
+        self.played = played
+        self.answers: dict[Any, Callable[..., Any]] = {
+            torch.Tensor.to: self._to,
+            torch.Tensor.cpu: lambda tensor, *_, **__: played.move(tensor, _HOST),
+            torch.Tensor.pin_memory: lambda tensor, *_, **__: played.pin(tensor),
+            torch.Tensor.is_pinned: lambda tensor, *_, **__: played.is_pinned(tensor),
+            torch.Tensor.new_tensor: self._new_tensor,
+            torch.autograd.grad: _gradients,
+        }
+        for name in _NAMED:
+            if hasattr(torch.Tensor, name):
+                self.answers[getattr(torch.Tensor, name)] = self._to_kind(name)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.played.active:  # a thread that outlived the block
+            return func(*args, **kwargs)
+        answer = self.answers.get(func)
+        if answer:
+            return answer(*args, **kwargs)
+        device = kwargs.get("device")
+        if device is None or not self.played.owns(device) or shadows_in(args):
+            return func(*args, **kwargs)
+        # A number is a device's index, on the accelerator.
+        return self.played.arrive(func(*args, **{**kwargs, "device": _HOST}), device)
+
+    def _to(self, tensor: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], int):
+            args = (torch.device(self.played.kind, args[0]), *args[1:])
+        with torch._C.DisableTorchFunction():
+            device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        return self.played.move(
+            tensor, device, dtype, non_blocking, copy=copy, memory_format=memory_format
+        )
+
+    def _to_kind(self, name: str) -> Callable[..., Any]:
+        def to_kind(
+            tensor: torch.Tensor,
+            device: Any = None,
+            non_blocking: bool = False,
+            memory_format: torch.memory_format | None = None,
+        ) -> torch.Tensor:
+            if device is None or isinstance(device, int):
+                device = torch.device(name, device or 0)
+            return self.played.move(
+                tensor, torch.device(device), None, non_blocking, memory_format=memory_format
+            )
+
+        return to_kind
+
+    def _new_tensor(
+        self,
+        like: torch.Tensor,
+        data: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        requires_grad: bool = False,
+    ) -> torch.Tensor:
+        made = torch.tensor(data, dtype=dtype or like.dtype, requires_grad=requires_grad)
+        where = like.device if device is None else torch.device(device)
+        return self.played.arrive(made, where) if self.played.owns(where) else made
+
+
+class Operations(TorchDispatchMode):
+    """What `Functions` cannot see: devices named inside torch's own functions, and backward."""
+
+    def __init__(self, played: Played) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.played = played
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is None or not self.played.active or not self.played.owns(device):
+            out = func(*args, **kwargs)
+            place = self.played.backward_on
+            if place is not None:
+                tree_map(lambda o: place.admit(o) if isinstance(o, torch.Tensor) else None, out)
+            return out
+        if shadows_in(args):
+            return func(*args, **kwargs)
+        given = next((item for item in args if isinstance(item, torch.Tensor)), None)
+        if given is not None and given.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{func} moves a tensor that requires a gradient to {device} inside torch, which "
+                "is not played; call .to() from Python before"
+            )
+        kwargs = {**kwargs, "device": _HOST}
+        kwargs.pop("pin_memory", None)
+        return self.played.arrive(func(*args, **kwargs), device)
+
+
+def _gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
+    """torch.autograd.grad, with each gradient where its tensor is."""
+    wanted = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+    found = torch.autograd.grad(
+        bare(outputs), bare(wanted), grad_outputs=bare(grad_outputs), **options
+    )
+    return tuple(
+        Shadow(grad, tensor.place) if isinstance(tensor, Shadow) and grad is not None else grad
+        for grad, tensor in zip(found, wanted)  # noqa: B905 - Python 3.9 has no strict
+    )
+
+
+def composites(played: Played) -> list[tuple[Any, str, Any]]:
+    """Functions that choose a kernel by the device's name, or keep autograd state of their own."""
+    functional, function = torch.nn.functional, torch.autograd.Function
+    real_backward, own_apply = torch.autograd.backward, vars(function).get("apply")
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        real = own_apply.__get__(None, cls) if own_apply else super(function, cls).apply
+        shadows = shadows_in((args, kwargs))
+        # Checkpointing keeps its arguments in one, to call the model with them again.
+        if not shadows or cls.__module__ == "torch.utils.checkpoint":
+            return real(*args, **kwargs)
+        return on_raw(real, shadows[0].place, *args, **kwargs)
+
+    def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        shadows = shadows_in(tensors)
+        with played.backward(shadows[0].place if shadows else None):
+            real_backward(*bare((tensors, grad_tensors, *args)), **bare(kwargs))
+
+    return [
+        (functional, "batch_norm", _on_cpu(functional.batch_norm, lowered=False)),
+        (
+            functional,
+            "scaled_dot_product_attention",
+            _on_cpu(functional.scaled_dot_product_attention, lowered=True),
+        ),
+        *(
+            (torch._VF, name, _on_cpu(getattr(torch._VF, name), lowered=True))
+            for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+        ),
+        (torch.backends.cudnn, "is_acceptable", lambda tensor: False),
+        (function, "apply", classmethod(apply)),
+        (torch.autograd, "backward", backward),
+    ]
+
+
+def _on_cpu(real: Callable[..., Any], *, lowered: bool) -> Callable[..., Any]:
+    """`real`, computed by the CPU where it is given shadows.
+
+    `lowered`: it is on autocast's list of the operations that it casts to 16 bits.
+    """
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        shadows = shadows_in((args, kwargs))
+        if not shadows:
+            return real(*args, **kwargs)
+        place = shadows[0].place
+        if lowered and torch.is_autocast_enabled(place.device.type):
+            dtype = torch.get_autocast_dtype(place.device.type)
+            args, kwargs = tree_map(
+                lambda item: (
+                    item.to(dtype)
+                    if isinstance(item, Shadow) and item.is_floating_point()
+                    else item
+                ),
+                (args, kwargs),
+            )
+        return on_raw(real, place, *args, **kwargs)
+
+    return compute

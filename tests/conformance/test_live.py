@@ -1,0 +1,401 @@
+"""Live machines: the backend's own rules on real numbers, and its ways to fail."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from portable_amp import (
+    DeviceContext,
+    ScalerShim,
+    clear_cache,
+    is_oom_error,
+    load_checkpoint,
+    maybe_autocast,
+    memory,
+    memory_stats,
+    save_checkpoint,
+    split_on_oom,
+)
+from portable_amp.testing import play
+from support import KINDS
+
+# One machine for each of torch's own kinds of device.
+LIVE = {"cuda": "h100", "xpu": "max1550", "mps": "m2-macos15"}
+LIVE_KINDS = [kind for kind in LIVE if kind in KINDS]
+each_kind = pytest.mark.parametrize("kind", LIVE_KINDS)
+
+
+def mlp(width: int = 32) -> nn.Module:
+    return nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x.view(-1, 4, 4))[0][:, -1])
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Own(nn.Module):
+    """A custom autograd function, and activation checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.utils.checkpoint.checkpoint(self.one, x, use_reentrant=False)
+        return self.two(Square.apply(hidden))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "convolutions": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(12, 4),
+    ),
+    "attention": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 8)), nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
+        nn.Flatten(), nn.Linear(16, 4),
+    ),
+    "recurrent": Recurrent,
+    "functions of one's own": Own,
+}  # fmt: skip
+
+
+def losses(
+    make: Callable[[], nn.Module], device: str, dtype: torch.dtype, *, steps: int = 3
+) -> list[float]:
+    """The losses of a few steps with autocast, scaler and clipping: to be compared exactly."""
+    torch.manual_seed(0)
+    model = make().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**8, enabled=dtype is torch.float16)
+    x, y = torch.randn(8, 16).to(device), torch.randint(0, 4, (8,)).to(device)
+    seen = []
+    for _ in range(steps):
+        with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
+            out = model(x)
+        # Outside: the CPU's autocast has cross_entropy on its list, and the others have not.
+        loss = F.cross_entropy(out.float(), y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    return seen
+
+
+@each_kind
+@pytest.mark.parametrize("model", MODELS)
+def test_in_float32_each_kind_trains_as_the_cpu_to_the_last_digit(kind: str, model: str) -> None:
+    expected = losses(MODELS[model], "cpu", torch.float32)
+    assert expected[0] > expected[-1]
+    with play(LIVE[kind], live=True):
+        assert losses(MODELS[model], kind, torch.float32) == expected
+
+
+@each_kind
+def test_in_float16_an_mlp_trains_as_under_the_cpus_autocast_to_the_last_digit(kind: str) -> None:
+    expected = losses(mlp, "cpu", torch.float16)
+    assert expected != losses(mlp, "cpu", torch.float32)
+    with play(LIVE[kind], live=True):
+        assert losses(mlp, kind, torch.float16) == expected
+
+
+@each_kind
+@pytest.mark.parametrize("model", MODELS)
+def test_in_float16_everything_trains(kind: str, model: str) -> None:
+    with play(LIVE[kind], live=True):
+        seen = losses(MODELS[model], kind, torch.float16)
+    assert seen[0] > seen[-1]
+
+
+@each_kind
+def test_the_rules_are_the_backends_own(kind: str) -> None:
+    def dtypes(device: str) -> list[torch.dtype]:
+        x = torch.ones(4, 4, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            hidden = F.linear(x, x)
+            return [o.dtype for o in (hidden, F.layer_norm(hidden, (4,)), hidden.softmax(1))]
+
+    assert dtypes("cpu") == [torch.bfloat16] * 3
+    with play(LIVE[kind], live=True):
+        assert dtypes(kind) == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@each_kind
+def test_moving_a_model_keeps_its_parameters_identity(kind: str) -> None:
+    model = mlp()
+    before = list(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with play(LIVE[kind], live=True):
+        model.to(kind)
+        assert all(old is new for old, new in zip(before, model.parameters(), strict=True))
+        assert all(isinstance(p, nn.Parameter) and p.device.type == kind for p in before)
+        weight = before[0].detach().cpu()
+        model(torch.ones(2, 16, device=kind)).sum().backward()
+        optimizer.step()
+        assert not torch.equal(before[0].detach().cpu(), weight)
+        model.to("cpu")
+    assert type(before[0]) is nn.Parameter
+
+
+@each_kind
+def test_models_are_copied_saved_and_loaded(kind: str, tmp_path: Any) -> None:
+    with play(LIVE[kind], live=True):
+        ctx = DeviceContext(precision="fp32")
+        model = ctx.to(mlp())
+        twin = copy.deepcopy(model)
+        twin[0].weight.data.zero_()
+        assert model[0].weight.abs().sum().item() > 0
+        save_checkpoint(tmp_path / "x.pt", {"model": model.state_dict()})
+        twin.load_state_dict(load_checkpoint(tmp_path / "x.pt")["model"])
+        assert torch.equal(twin[0].weight.cpu(), model[0].weight.cpu())
+        assert next(model.half().parameters()).dtype is torch.float16
+    there = load_checkpoint(tmp_path / "x.pt")["model"]["0.weight"]
+    assert there.device.type == "cpu"
+
+
+@each_kind
+def test_tensors_of_two_devices_do_not_meet(kind: str) -> None:
+    with play(LIVE[kind], live=True, count=1 if kind == "mps" else 2):
+        x = torch.ones(2, 2, device=kind)
+        second = [torch.ones(2, 2, device=f"{kind}:1")] if kind != "mps" else []
+        for other in (torch.ones(2, 2), *second):
+            with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+                x @ other
+        assert (x * torch.tensor(2.0)).sum().item() == 8
+        assert x[torch.tensor([0])].shape == (1, 2)
+        with pytest.raises(TypeError, match=r"Use Tensor\.cpu"):
+            x.numpy()
+
+
+@each_kind
+def test_gradients_by_every_road(kind: str) -> None:
+    with play(LIVE[kind], live=True):
+        w = torch.ones(3, device=kind, requires_grad=True)
+        (by_grad,) = torch.autograd.grad((w * 2).sum(), w)
+        assert (by_grad.tolist(), by_grad.device.type) == ([2, 2, 2], kind)
+        torch.autograd.backward([(w * 3).sum()])
+        assert w.grad is not None
+        assert w.grad is w.grad
+        w.grad += 1
+        assert w.grad.tolist() == [4, 4, 4]
+        w.grad = None
+        handle = w.register_hook(lambda grad: grad * 10)
+        (w * 2).sum().backward()
+        assert w.grad.tolist() == [20, 20, 20]
+        handle.remove()
+        w.grad = None
+        w.register_post_accumulate_grad_hook(lambda tensor: tensor.grad.mul_(5))
+        (w * 2).sum().backward()
+        assert w.grad.tolist() == [10, 10, 10]
+
+
+def test_what_is_not_played_says_so() -> None:
+    with play("t4", live=True):
+        x = torch.ones(2, device="cuda")
+        with pytest.raises(NotImplementedError, match="changes the shape of a tensor in place"):
+            x.unsqueeze_(0)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+WORDS = {
+    "t4": (r"CUDA out of memory\. Tried to allocate", True),
+    "mi250": (r"HIP out of memory\. Tried to allocate", True),
+    "arc-a770": (r"XPU out of memory\. Tried to allocate", True),
+    "m2-macos15": (r"MPS backend out of memory \(MPS allocated", False),
+}
+
+
+@pytest.mark.parametrize("key", WORDS)
+def test_memory_runs_out_in_the_backends_own_words(key: str) -> None:
+    words, own_type = WORDS[key]
+    with play(key, live=True, memory=10_000) as played:
+        ctx = DeviceContext(precision="fp32")
+        kept = torch.ones(2000, device=ctx.device)
+        with pytest.raises(RuntimeError, match=words) as caught:
+            kept * 2
+        assert is_oom_error(caught.value)
+        kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+        assert isinstance(caught.value, kind) is own_type
+        assert memory_stats().allocated == 8000
+        played.memory.limit = 20_000
+        assert (kept * 2).sum().item() == 4000
+
+
+def test_the_books_are_kept_to_the_byte() -> None:
+    with play("t4", live=True) as played:
+        x = torch.zeros(100, device="cuda")
+        view = x[10:].reshape(9, 10).t()
+        assert played.memory.allocated == 400
+        y = x + 1
+        assert torch.cuda.memory_allocated() == 800
+        del y
+        assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == (400, 800)
+        assert torch.cuda.max_memory_allocated() == 800
+        del x
+        assert torch.cuda.memory_allocated() == 400
+        del view
+        assert clear_cache() == 800
+        assert torch.cuda.memory_reserved() == 0
+
+
+def test_what_autograd_saves_is_held_until_backward() -> None:
+    with play("t4", live=True) as played:
+        x = torch.ones(1000, device="cuda", requires_grad=True)
+        y = x.exp().exp().sum()
+        assert played.memory.allocated >= 12_000
+        y.backward()
+        del y
+        gc.collect()
+        assert played.memory.allocated == 8000  # the tensor and its gradient
+
+
+def test_backward_allocates_too() -> None:
+    with play("t4", live=True) as played:
+        x = torch.ones(1000, device="cuda", requires_grad=True)
+        y = (x * x).sum()
+        played.memory.limit = played.memory.allocated + 100
+        with pytest.raises(RuntimeError, match="CUDA out of memory"):
+            y.backward()
+
+
+@each_kind
+@pytest.mark.parametrize("fails_at", [0, 3, 9, 12])
+def test_splitting_gives_the_unsplit_gradients(kind: str, fails_at: int) -> None:
+    def gradients(trouble: bool) -> tuple[list[float], int]:
+        torch.manual_seed(0)
+        memory._fitted.clear()
+        with play(LIVE[kind], live=True) as played:
+            ctx = DeviceContext(precision="fp32")
+            model = ctx.to(mlp())
+            batch = ctx.to((torch.randn(8, 16), torch.randint(0, 4, (8,))))
+
+            def step(part: Any, weight: float) -> None:
+                x, y = part
+                (F.cross_entropy(model(x), y) * weight).backward()
+
+            if trouble:
+                played.memory.fail_after(fails_at)
+            parts = split_on_oom(step, batch, parameters=model.parameters())
+            flat = [p.grad.flatten().tolist() for p in model.parameters()]
+            return list(itertools.chain(*flat)), len(parts)
+
+    whole, one = gradients(trouble=False)
+    split, several = gradients(trouble=True)
+    assert (one, several) == (1, 2)
+    assert split == pytest.approx(whole, abs=1e-6)
+
+
+# --- what machines do badly ----------------------------------------------------------------------
+
+
+@each_kind
+def test_without_float64_torchs_scaler_fails_and_ours_works(kind: str) -> None:
+    with play(LIVE[kind], live=True, float64=False):
+        for make, works in ((torch.amp.GradScaler, False), (ScalerShim, True)):
+            w = torch.ones(2, device=kind, requires_grad=True)
+            optimizer = torch.optim.SGD([w], lr=0.5)
+            scaler = make(kind, init_scale=4.0, enabled=True)
+            scaler.scale(w.sum()).backward()
+            # torch spares MPS on its first device: it has no float64 to fail on.
+            if works or kind == "mps":
+                scaler.step(optimizer)
+                assert w.tolist() == [0.5, 0.5]
+            else:
+                with pytest.raises(RuntimeError, match="fp64"):
+                    scaler.step(optimizer)
+
+
+def test_a_copy_to_mps_that_does_not_block_corrupts_data() -> None:
+    with play("m2-macos15", live=True):
+        source = torch.ones(3)
+        reused = source.to("mps", non_blocking=True)
+        source.fill_(7)  # the next batch
+        assert reused.tolist() == [7, 7, 7]
+        freed = torch.ones(3).to("mps", non_blocking=True)
+        assert freed.isnan().all().item()
+        waited = source.to("mps", non_blocking=True)
+        torch.mps.synchronize()
+        source.fill_(9)
+        assert waited.tolist() == [7, 7, 7]
+        kept = DeviceContext().to(source)
+        source.fill_(1)
+        assert kept.tolist() == [9, 9, 9]
+
+
+def test_a_pinned_source_on_cuda_is_read_late_but_kept() -> None:
+    with play("t4", live=True):
+        pinned = torch.ones(3).pin_memory()
+        early = pinned.to("cuda", non_blocking=True)
+        del pinned
+        assert early.tolist() == [1, 1, 1]
+        pinned = torch.ones(3).pin_memory()
+        late = pinned.to("cuda", non_blocking=True)
+        pinned.fill_(5)
+        assert late.tolist() == [5, 5, 5]
+        pageable = torch.ones(3)
+        copied = pageable.to("cuda", non_blocking=True)
+        pageable.fill_(5)
+        assert copied.tolist() == [1, 1, 1]
+    with play("t4", live=True, late_copies=True):
+        late = torch.ones(3).to("cuda", non_blocking=True)
+        assert late.isnan().all().item()
+
+
+def test_emulated_dtypes_are_slow_and_absent_ones_are_wrong() -> None:
+    def products(dtype: torch.dtype) -> tuple[float, bool]:
+        x = torch.ones(2, 2, device="cuda", dtype=dtype)
+        start = time.perf_counter()
+        for _ in range(20):
+            y = x @ x
+        return time.perf_counter() - start, y.isfinite().all().item()
+
+    with play("t4", live=True):
+        products(torch.float32)
+        slow, right = products(torch.bfloat16)
+        assert right
+        assert slow > 0.02  # a millisecond for each
+    with play("gtx1660", live=True):
+        assert not products(torch.float16)[1]
+        assert products(torch.float32)[1]
+    with play("a100", live=True, wrong=(torch.bfloat16,)):
+        assert not products(torch.bfloat16)[1]
+        with maybe_autocast("cuda", torch.bfloat16):
+            assert nn.Linear(2, 2).to("cuda")(torch.ones(1, 2, device="cuda")).isnan().all().item()
+
+
+def test_a_live_device_that_cannot_be_played_is_refused() -> None:
+    from portable_amp import DeviceError
+
+    with pytest.raises(DeviceError, match="live=True plays cuda, mps, xpu, not hpu"):
+        play("gaudi2", live=True).__enter__()
+    assert DeviceContext().device.type == "cpu"
