@@ -216,6 +216,11 @@ _NO_ACCELERATORS = ("cpu", "meta")
 _playing: list[tuple[int, Played]] = []
 
 
+def is_playing() -> bool:
+    """Whether this process plays a machine now."""
+    return bool(_playing)
+
+
 @contextlib.contextmanager
 def play(
     machine_: str | Machine,
@@ -260,7 +265,7 @@ def play(
     import torch._dynamo  # noqa: F401
 
     row = machine(machine_, torch_version) if isinstance(machine_, str) else machine_
-    row = _known_to_torch(row)
+    row = _with_this_torch(row)
     options = _quirks(quirks)
     if options.float64 is not None:  # a fact, which decisions follow, too
         row = replace(row, hardware=replace(row.hardware, float64=options.float64))
@@ -273,6 +278,8 @@ def play(
             stack.enter_context(guarded(played.kind))
             stack.enter_context(replaced(composites(played)))
             stack.enter_context(_modules_swap())
+            # cuDNN's kernels would be chosen by the device's name, and there is no device.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_modes(played))
         stack.callback(setattr, played, "active", False)
         _playing.append((threading.get_ident(), played))
@@ -280,17 +287,19 @@ def play(
         yield played
 
 
-def _known_to_torch(row: Machine) -> Machine:
-    """The machine, its device called what torch calls it until the vendor's plugin gives a name.
+def _with_this_torch(row: Machine) -> Machine:
+    """The machine, as far as the torch that runs can play it.
 
-    To give the name would be for good, and make torch.accelerator look for the plugin ever after.
+    A device that a vendor's plugin brings is called what torch calls it before the plugin names it:
+    the name would be for good, and make torch.accelerator look for the plugin ever after.
     """
+    name = row.hardware.device_type
     try:
-        torch.device(row.hardware.device_type)
+        torch.device(name)
     except RuntimeError:
         name = torch._C._get_privateuse1_backend_name()
-        return replace(row, hardware=replace(row.hardware, device_type=name))
-    return row
+    autocast = row.hardware.autocast and torch.amp.is_autocast_available(name)
+    return replace(row, hardware=replace(row.hardware, device_type=name, autocast=autocast))
 
 
 def _quirks(given: dict[str, Any]) -> Quirks:

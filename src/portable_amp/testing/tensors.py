@@ -135,7 +135,7 @@ def _gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: A
 
 def composites(played: Played) -> list[tuple[Any, str, Any]]:
     """Functions that choose a kernel by the device's name, or keep autograd state of their own."""
-    functional, function = torch.nn.functional, torch.autograd.Function
+    function = torch.autograd.Function
     real_backward, own_apply = torch.autograd.backward, vars(function).get("apply")
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -152,15 +152,12 @@ def composites(played: Played) -> list[tuple[Any, str, Any]]:
             real_backward(*bare((tensors, grad_tensors, *args)), **bare(kwargs))
 
     return [
-        (functional, "batch_norm", _on_cpu(functional.batch_norm, lowered=False)),
-        (
-            functional,
-            "scaled_dot_product_attention",
-            _on_cpu(functional.scaled_dot_product_attention, lowered=True),
-        ),
         *(
-            (torch._VF, name, _on_cpu(getattr(torch._VF, name), lowered=True))
-            for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+            (owner, name, _on_cpu(getattr(owner, name)))
+            for owner, name in (
+                (torch.nn.functional, "scaled_dot_product_attention"),
+                *((torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+            )
         ),
         (torch.backends.cudnn, "is_acceptable", lambda tensor: False),
         (function, "apply", classmethod(apply)),
@@ -168,18 +165,15 @@ def composites(played: Played) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def _on_cpu(real: Callable[..., Any], *, lowered: bool) -> Callable[..., Any]:
-    """`real`, computed by the CPU where it is given shadows.
-
-    `lowered`: it is on autocast's list of the operations that it casts to 16 bits.
-    """
+def _on_cpu(real: Callable[..., Any]) -> Callable[..., Any]:
+    """`real`, one that autocast casts to 16 bits, computed by the CPU where it is given shadows."""
 
     def compute(*args: Any, **kwargs: Any) -> Any:
         shadows = shadows_in((args, kwargs))
         if not shadows:
             return real(*args, **kwargs)
         place = shadows[0].place
-        if lowered and torch.is_autocast_enabled(place.device.type):
+        if torch.is_autocast_enabled(place.device.type):
             dtype = torch.get_autocast_dtype(place.device.type)
             args, kwargs = tree_map(
                 lambda item: (
