@@ -338,7 +338,7 @@ def test_without_float64_torchs_scaler_fails_and_ours_works(kind: str) -> None:
                 scaler.step(optimizer)
                 assert w.tolist() == [0.5, 0.5]
             else:
-                with pytest.raises((RuntimeError, TypeError), match="fp64|float64"):
+                with pytest.raises((RuntimeError, TypeError), match=r"fp64|float64"):
                     scaler.step(optimizer)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from portable_amp import Support, UnsupportedPrecisionError, choose, common_plan
 from portable_amp.precision import parse_precision
-from portable_amp.testing import MACHINES, machine
+from portable_amp.testing import MACHINES, Machine, machine
 
 # machine: what "auto", "fp16" and "bf16" become there
 EXPECTED = {
@@ -47,6 +47,14 @@ def test_every_machine_of_the_catalogue(row: object) -> None:
     can = row.capabilities  # type: ignore[attr-defined]
     got = " ".join(choose(request, can).name for request in ("auto", "fp16", "bf16"))
     assert got == EXPECTED[row.key]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("row", MACHINES, ids=lambda row: row.key)
+def test_facts_that_are_derived_are_those_of_the_catalogue(row: Machine) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        known = Support.EMULATED if dtype in row.slow else Support.NATIVE
+        known = Support.ABSENT if dtype in row.wrong else known
+        assert row.capabilities.support(dtype) is known
 
 
 @pytest.mark.parametrize(

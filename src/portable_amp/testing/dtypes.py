@@ -17,7 +17,6 @@ from portable_amp.testing.functions import replaced
 from portable_amp.testing.play import is_playing, play
 from portable_amp.testing.shadow import guarded
 
-
 # A machine that has such a device and computes in both 16-bit dtypes.
 _WITH = {"cuda": "h100", "xpu": "max1550", "mps": "m2-macos15"}
 
@@ -95,7 +94,7 @@ def dtype_flow(
 
 
 def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """torch's own chooses between kernels that only a real device has."""
+    """What torch has chooses between kernels that only a real device has."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

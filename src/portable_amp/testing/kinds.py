@@ -28,6 +28,8 @@ class Kind:
     no_float64: Callable[[], Exception]
     late_copies: bool = False
     """Asynchronous copies read their source late, also from memory that is not page-locked."""
+    pins: bool = False
+    """Data loaders can give it page-locked memory."""
     accelerator: bool = True
 
 
@@ -77,8 +79,22 @@ def _not_linked(device_type: str) -> Exception:
 
 
 KINDS = (
-    Kind("cuda", functions.cuda_like, _cuda_like("CUDA"), _not_compiled("cuda"), _no_fp64),
-    Kind("xpu", functions.cuda_like, _cuda_like("XPU"), _not_compiled("xpu"), _no_fp64),
+    Kind(
+        "cuda",
+        functions.cuda_like,
+        _cuda_like("CUDA"),
+        _not_compiled("cuda"),
+        _no_fp64,
+        pins=True,
+    ),
+    Kind(
+        "xpu",
+        functions.cuda_like,
+        _cuda_like("XPU"),
+        _not_compiled("xpu"),
+        _no_fp64,
+        pins=True,
+    ),
     Kind(
         "mps",
         functions.mps,

@@ -6,6 +6,8 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
+import torch
+
 from portable_amp.backends import Hardware
 from portable_amp.capabilities import Capabilities, derive
 from portable_amp.errors import MachineError
@@ -24,6 +26,10 @@ class Machine:
     hardware: Hardware
     source: str
     """Where the readings are from."""
+    slow: tuple[torch.dtype, ...] = ()
+    """What it computes correctly, but slower than float32."""
+    wrong: tuple[torch.dtype, ...] = ()
+    """What it refuses, or computes wrongly."""
     triton: bool = True
     """torch.compile finds the compiler it needs."""
 
@@ -68,20 +74,37 @@ def _version(text: str) -> tuple[int, int]:
     raise MachineError(f"no torch {text!r} for a machine to run; there is {', '.join(near)}")
 
 
-def _nvidia(key: str, name: str, cc: tuple[int, int], gib: int, system: str = "Linux") -> Machine:
+_FP16, _BF16 = torch.float16, torch.bfloat16
+_BOTH = (_FP16, _BF16)
+
+
+def _nvidia(
+    key: str,
+    name: str,
+    cc: tuple[int, int],
+    gib: int,
+    *,
+    slow: tuple[torch.dtype, ...] = (),
+    wrong: tuple[torch.dtype, ...] = (),
+    system: str = "Linux",
+) -> Machine:
     hardware = Hardware(
         "cuda", name, (2, 15), True, gib * _GIB, compute_capability=cc, system=system, float64=True
     )
     # Source: torch's wheels for Windows do not bring Triton, those for Linux do.
     triton = system != "Windows"
-    return Machine(key, hardware, f"NVIDIA: CUDA GPUs, sm{cc[0]}{cc[1]}; data sheet", triton)
+    source = f"NVIDIA: CUDA GPUs, sm{cc[0]}{cc[1]}; data sheet"
+    return Machine(key, hardware, source, slow, wrong, triton)
 
 
-def _amd(key: str, name: str, arch: str, gib: int) -> Machine:
+def _amd(
+    key: str, name: str, arch: str, gib: int, *, wrong: tuple[torch.dtype, ...] = ()
+) -> Machine:
     hardware = Hardware(
         "cuda", name, (2, 15), True, gib * _GIB, arch=arch, system="Linux", float64=True
     )
-    return Machine(key, hardware, f"ROCm: accelerator and GPU specifications, {arch}")
+    source = f"ROCm: accelerator and GPU specifications, {arch}"
+    return Machine(key, hardware, source, wrong=wrong)
 
 
 def _intel(key: str, name: str, gib: int, *, float64: bool, source: str) -> Machine:
@@ -92,19 +115,29 @@ def _intel(key: str, name: str, gib: int, *, float64: bool, source: str) -> Mach
     return Machine(key, hardware, source)
 
 
-def _mac(key: str, chip: str, macos: tuple[int, int], torch: tuple[int, int]) -> Machine:
+def _mac(
+    key: str,
+    chip: str,
+    macos: tuple[int, int],
+    version: tuple[int, int],
+    *,
+    wrong: tuple[torch.dtype, ...] = (),
+) -> Machine:
     hardware = Hardware(
-        "mps", chip, torch, True, 16 * _GIB, macos=macos, system="Darwin", float64=False
+        "mps", chip, version, True, 16 * _GIB, macos=macos, system="Darwin", float64=False
     )
-    return Machine(key, hardware, "torch's release notes on MPS; Metal has no float64")
+    source = "torch's release notes on MPS; Metal has no float64"
+    return Machine(key, hardware, source, wrong=wrong)
 
 
-def _cpu(key: str, name: str, *features: str, source: str) -> Machine:
+def _cpu(
+    key: str, name: str, *features: str, slow: tuple[torch.dtype, ...] = (), source: str
+) -> Machine:
     hardware = Hardware(
         "cpu", name, (2, 15), True,
         system="Linux", cpu_features=frozenset(features), float64=True,
     )  # fmt: skip
-    return Machine(key, hardware, source)
+    return Machine(key, hardware, source, slow)
 
 
 def _vendor(
@@ -118,22 +151,23 @@ def _vendor(
 
 
 MACHINES = (
-    # NVIDIA: name as the driver gives it, compute capability, GiB
-    _nvidia("gtx1080", "NVIDIA GeForce GTX 1080", (6, 1), 8),
-    _nvidia("v100", "Tesla V100-SXM2-16GB", (7, 0), 16),
-    _nvidia("t4", "Tesla T4", (7, 5), 15),
-    _nvidia("gtx1660", "NVIDIA GeForce GTX 1660 Ti", (7, 5), 6),
+    # NVIDIA: name as the driver gives it, compute capability, GiB. cuBLAS and cuDNN emulate bf16
+    # below 8.0; fp16 runs at 1/64 of the float32 rate on 6.1; reports of NaN on GTX 16xx.
+    _nvidia("gtx1080", "NVIDIA GeForce GTX 1080", (6, 1), 8, slow=_BOTH),
+    _nvidia("v100", "Tesla V100-SXM2-16GB", (7, 0), 16, slow=(_BF16,)),
+    _nvidia("t4", "Tesla T4", (7, 5), 15, slow=(_BF16,)),
+    _nvidia("gtx1660", "NVIDIA GeForce GTX 1660 Ti", (7, 5), 6, slow=(_BF16,), wrong=(_FP16,)),
     _nvidia("a100", "NVIDIA A100-SXM4-40GB", (8, 0), 40),
     _nvidia("orin", "Orin", (8, 7), 30),
     _nvidia("l4", "NVIDIA L4", (8, 9), 22),
     _nvidia("rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), 24),
-    _nvidia("rtx4090-windows", "NVIDIA GeForce RTX 4090", (8, 9), 24, "Windows"),
+    _nvidia("rtx4090-windows", "NVIDIA GeForce RTX 4090", (8, 9), 24, system="Windows"),
     _nvidia("h100", "NVIDIA H100 80GB HBM3", (9, 0), 80),
     _nvidia("b200", "NVIDIA B200", (10, 0), 180),
-    # AMD: the compiler's name of the chip, GiB
+    # AMD: the compiler's name of the chip, GiB. RDNA2 has no bf16.
     _amd("mi250", "AMD Instinct MI250X", "gfx90a", 64),
     _amd("mi300x", "AMD Instinct MI300X", "gfx942", 192),
-    _amd("rx6800", "AMD Radeon RX 6800", "gfx1030", 16),
+    _amd("rx6800", "AMD Radeon RX 6800", "gfx1030", 16, wrong=(_BF16,)),
     _amd("rx7900", "AMD Radeon RX 7900 XTX", "gfx1100", 24),
     # Intel: GiB, float64
     _intel(
@@ -144,11 +178,11 @@ MACHINES = (
         "max1550", "Intel(R) Data Center GPU Max 1550", 64, float64=True,
         source="Intel: Data Center GPU Max data sheet, one tile",
     ),
-    # Apple: chip, macOS, torch
-    _mac("m1-macos13", "Apple M1", (13, 6), (2, 8)),
+    # Apple: chip, macOS, torch. bf16 needs macOS 14 and torch 2.6, fp16 autocast torch 2.5.
+    _mac("m1-macos13", "Apple M1", (13, 6), (2, 8), wrong=(_BF16,)),
     _mac("m2-macos14", "Apple M2", (14, 5), (2, 15)),
     _mac("m2-macos15", "Apple M2", (15, 0), (2, 15)),
-    _mac("m2-macos15-torch24", "Apple M2", (15, 0), (2, 4)),
+    _mac("m2-macos15-torch24", "Apple M2", (15, 0), (2, 4), wrong=_BOTH),
     # Back ends without a row of their own: what the vendor's torch module says
     _vendor(
         "gaudi2", "hpu", "GAUDI2", 96, float16=True,
@@ -158,10 +192,12 @@ MACHINES = (
         "ascend-910b", "npu", "Ascend910B", 64, float16=True,
         source="torch_npu: get_amp_supported_dtype gives fp16, and bf16 from 910B on",
     ),
-    # CPUs: features in the words of torch.cpu.get_capabilities
-    _cpu("cpu", "x86_64", "avx2", source="x86-64-v3: most desktops and cloud machines"),
+    # CPUs: features in the words of torch.cpu.get_capabilities; 16-bit floats want instructions.
     _cpu(
-        "cpu-avx512bf16", "x86_64", "avx2", "avx512_f", "avx512_bf16",
+        "cpu", "x86_64", "avx2", slow=_BOTH, source="x86-64-v3: most desktops and cloud machines"
+    ),
+    _cpu(
+        "cpu-avx512bf16", "x86_64", "avx2", "avx512_f", "avx512_bf16", slow=(_FP16,),
         source="Intel Cooper Lake, AMD Zen 4: AVX512-BF16",
     ),
     _cpu(
@@ -169,7 +205,7 @@ MACHINES = (
         "amx_tile", source="Intel Sapphire Rapids: AMX and AVX512-FP16",
     ),
     _cpu(
-        "cpu-arm-bf16", "aarch64", "neon", "bf16",
+        "cpu-arm-bf16", "aarch64", "neon", "bf16", slow=(_FP16,),
         source="Armv8.6-A: BF16 (Graviton 3, Apple M2 under Linux)",
     ),
 )  # fmt: skip

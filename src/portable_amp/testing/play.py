@@ -13,7 +13,6 @@ import torch
 
 from portable_amp import backends, capabilities, notices
 from portable_amp.backends import Backend
-from portable_amp.capabilities import Support
 from portable_amp.errors import MachineError
 from portable_amp.testing.functions import fakes, replaced
 from portable_amp.testing.kinds import kind_of
@@ -69,8 +68,7 @@ class Played:
         self.places = [
             self._place(torch.device(self.kind, index), quirks) for index in range(count)
         ]
-        # Read before anything is replaced: the rows of back ends are facts, not answers of torch.
-        self.pins = backends.backend_for(self.kind).pins_memory
+        self.pins = self.row.pins
 
     def asked(self, name: str, **details: Any) -> list[Call]:
         """The calls of that name with these details, in order."""
@@ -190,14 +188,7 @@ class Played:
         return getattr(tensor.untyped_storage(), "_played_as_pinned", False)
 
     def _place(self, device: torch.device, quirks: Quirks) -> Place:
-        facts = self.machine.capabilities
-
-        def dtypes(asked: tuple[torch.dtype, ...] | None, level: Support) -> frozenset[torch.dtype]:
-            halves = (torch.float16, torch.bfloat16)
-            return frozenset(
-                (d for d in halves if facts.support(d) is level) if asked is None else asked
-            )
-
+        row = self.machine
         late = self.row.late_copies if quirks.late_copies is None else quirks.late_copies
         return Place(
             device,
@@ -205,9 +196,9 @@ class Played:
                 self.machine.hardware.total_memory if quirks.memory is None else quirks.memory,
                 self.row.out_of_memory,
             ),
-            no_float64=self.row.no_float64 if facts.float64 is False else None,
-            slow=dtypes(quirks.slow, Support.EMULATED),
-            wrong=dtypes(quirks.wrong, Support.ABSENT),
+            no_float64=self.row.no_float64 if row.capabilities.float64 is False else None,
+            slow=frozenset(row.slow if quirks.slow is None else quirks.slow),
+            wrong=frozenset(row.wrong if quirks.wrong is None else quirks.wrong),
             late_copies=late,
         )
 
@@ -262,7 +253,7 @@ def play(
     (device(type='mps', index=0), [])
     """
     # What torch finds out about this machine when it loads its compiler must be the truth.
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
     row = machine(machine_, torch_version) if isinstance(machine_, str) else machine_
     row = _with_this_torch(row)
