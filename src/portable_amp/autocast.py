@@ -56,15 +56,19 @@ class Autocast(torch.autocast):
         else:
             raise RuntimeError("this autocast was not entered in this thread; nothing to leave")
         region = regions.pop(at)[1]
-        later = [other for _, other in regions[at:] if other.device == region.device]
-        if not later:
-            region.__exit__(*exc)
-            return False
         # Interleaved generators leave out of order. The region that was entered after this one is
-        # still in force; it inherits what is to be restored.
-        for name in ("prev", "prev_fastdtype", "prev_cache_enabled"):
-            setattr(later[0], name, getattr(region, name))
-        torch.autocast_decrement_nesting()
+        # still in force; it inherits what is to be restored: torch keeps whether the cache is used
+        # for all devices, the rest for each.
+        later = [other for _, other in regions[at:]]
+        if later:
+            later[0].prev_cache_enabled = region.prev_cache_enabled
+            region.prev_cache_enabled = torch.is_autocast_cache_enabled()
+        for other in later:
+            if other.device == region.device:
+                other.prev, other.prev_fastdtype = region.prev, region.prev_fastdtype
+                torch.autocast_decrement_nesting()
+                return False
+        region.__exit__(*exc)
         return False
 
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:

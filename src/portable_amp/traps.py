@@ -79,10 +79,18 @@ TRAPS = (
         lambda hw, can: (2, 9) <= hw.torch_version <= (2, 12),
     ),
     Trap(
-        ("mps",),
-        "DataLoader workers on macOS are spawned: the data set and its transforms are pickled",
+        (),
+        "DataLoader workers are spawned here: the data set and its transforms are pickled",
         "no lambdas in them; start the training from `if __name__ == '__main__':`",
-        "Python's multiprocessing on macOS",
+        "Python's multiprocessing on macOS and Windows",
+        lambda hw, can: hw.system in ("Darwin", "Windows"),
+    ),
+    Trap(
+        ("cuda", "xpu"),
+        "torch.compile needs Triton, which torch for Windows does not bring",
+        "install triton-windows, or run the model as it is",
+        "torch's wheels, 2.4 to 2.15",
+        lambda hw, can: hw.system == "Windows",
     ),
     Trap(
         ("xpu", "mps"),

@@ -1,4 +1,4 @@
-"""One contract that every back end keeps, run on the devices that are really here.
+"""One contract that every back end keeps, on the devices that are here and on played ones.
 
 PORTABLE_AMP_TEST_BACKENDS=cuda,cpu names what must be here: an absent one is red, not skipped.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import support
 from portable_amp import (
     DeviceContext,
     PrecisionFallbackWarning,
@@ -26,6 +28,7 @@ from portable_amp import (
 )
 from portable_amp.backends import present
 from portable_amp.doctor import training_step
+from portable_amp.testing import machine, play
 
 ASKED = os.environ.get("PORTABLE_AMP_TEST_BACKENDS", "")
 KINDS = [kind.strip() for kind in ASKED.split(",") if kind.strip()] or [
@@ -33,12 +36,22 @@ KINDS = [kind.strip() for kind in ASKED.split(",") if kind.strip()] or [
 ]
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
+# Machines whose live tensors keep it too.
+PLAYED = ["t4", "mi250", "arc-a770", "m2-macos15", "m1-macos13"]
+
+
+@pytest.fixture(params=[*KINDS, *([] if ASKED else PLAYED)])
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param in PLAYED:
+        if machine(request.param).hardware.device_type not in support.KINDS:
+            pytest.skip(f"torch {torch.__version__} has no autocast for {request.param}")
+        with play(request.param, live=True) as played:
+            yield played.kind
+        return
     assert request.param in [row.device_type for row in present()], (
         f"PORTABLE_AMP_TEST_BACKENDS asks for {request.param!r}, which is not here"
     )
-    return str(request.param)
+    yield str(request.param)
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from portable_amp.backends import parse_device
-from portable_amp.errors import MachineError
+from portable_amp.errors import DeviceError, MachineError
 from portable_amp.nested import map_tensors, tensors_in
 from portable_amp.testing.functions import replaced
+from portable_amp.testing.kinds import kind_of
 from portable_amp.testing.play import is_playing, play
 from portable_amp.testing.shadow import guarded
 
 # A machine that has such a device and computes in both 16-bit dtypes.
-_WITH = {"cuda": "h100", "xpu": "max1550", "mps": "m2-macos15"}
+_WITH = {"cpu": "cpu", "cuda": "h100", "xpu": "max1550", "mps": "m2-macos15"}
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,15 @@ def dtype_flow(
     device = parse_device(device_type)
     if is_playing():
         raise MachineError("dtype_flow() asks torch itself: call it outside of play()")
+    if device.type not in _WITH:
+        known = ", ".join(sorted(_WITH))
+        raise DeviceError(f"dtype_flow() knows the rules of {known}, not of {device.type}")
     # Autocast itself looks for the device, and never again once it is made.
-    with play(_WITH.get(device.type, "cpu")):
+    with play(_WITH[device.type]):
         region = torch.autocast(device.type, None if dtype is torch.float32 else dtype)
     seen: list[LayerDtype] = []
     with contextlib.ExitStack() as stack:
-        if device.type in _WITH:
+        if kind_of(device.type).accelerator:
             stack.enter_context(guarded(device.type))
             stack.enter_context(replaced([(F, "scaled_dot_product_attention", _attention)]))
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
