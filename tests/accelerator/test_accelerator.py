@@ -345,6 +345,18 @@ def test_a_loader_feeds_it_without_a_word(num_workers: int) -> None:
     assert torch.equal(got.cpu(), data.tensors[0])
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="Module.to gives a plugin device's module new parameters, and unties shared ones "
+    "(pytorch#116255)",
+)
+def test_tied_weights_stay_tied() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=False))
+    model[1].weight = model[0].weight
+    DeviceContext(NAME, precision="fp32").to(model)
+    assert model[1].weight is model[0].weight
+
+
 def test_devices_do_not_mix() -> None:
     x = torch.ones(2, 2, device=NAME)
     told = "Expected all tensors to be on the same device, but found at least two devices"

@@ -1,7 +1,8 @@
-"""What only a CUDA (or ROCm) device can show; skipped, by name, without one."""
+"""What only a CUDA (or ROCm) device can show; on a played card these tests are tried out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,19 @@ from portable_amp import (
     save_checkpoint,
     split_on_oom,
 )
+from portable_amp.testing import play
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device; torch.cuda.is_available() is False"
-)
+
+@pytest.fixture(params=["real", "played"], autouse=True)
+def card(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A card of this machine, and one that is not there."""
+    if request.param == "played":
+        with play("h100", live=True, memory=2**29):
+            yield
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")
+    yield
 
 
 def test_the_allocators_own_error_is_recognised() -> None:

@@ -353,8 +353,8 @@ def guarded(device_type: str) -> Iterator[None]:
     if device_type not in _DEVICE_NUMBER:
         known = ", ".join(sorted(_DEVICE_NUMBER.keys() - {"meta"}))
         raise DeviceError(
-            f"live=True plays {known}, not {device_type}, whose rules come with the vendor's plugin. "
-            "Leave live out, or give a process of its own a new_accelerator()"
+            f"live=True plays {known}, not {device_type}, whose rules come with the vendor's "
+            "plugin. Leave live out, or give a process of its own a new_accelerator()"
         )
     name = _LIBRARY.get(sys.platform)
     if name is None:

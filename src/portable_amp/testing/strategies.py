@@ -1,4 +1,4 @@
-"""Hypothesis strategies: machines, some that never existed, what users ask of them and feed them."""
+"""Hypothesis strategies: machines, also some that nobody built, and what users feed them."""
 
 from __future__ import annotations
 
