@@ -152,6 +152,17 @@ def test_every_way_to_the_device_is_seen() -> None:
         assert not ways[0].cpu().is_cuda
 
 
+def test_the_current_device() -> None:
+    with play("a100", count=2, live=True):
+        with torch.cuda.device(1):
+            assert torch.zeros(1, device="cuda").device.index == 1
+            assert DeviceContext().device.index == 1
+        assert torch.cuda.current_device() == 0
+        kept = torch.zeros(25, device="cuda")
+        if hasattr(torch, "accelerator") and hasattr(torch.accelerator, "memory_allocated"):
+            assert torch.accelerator.memory_allocated() == kept.nbytes == 100
+
+
 def test_a_copy_to_a_device_is_a_copy() -> None:
     x = torch.zeros(2)
     with play("t4"):

@@ -86,6 +86,15 @@ def _cuda_functions(played: Played) -> dict[str, Callable[..., Any]]:
     def reset_peak(device: Any = None) -> None:
         at(device).peak = at(device).allocated
 
+    @contextlib.contextmanager
+    def use(device: Any) -> Iterator[None]:
+        before = played.current
+        played.set_current(device)
+        try:
+            yield
+        finally:
+            played.current = before
+
     properties = SimpleNamespace(
         name=hardware.name,
         total_memory=hardware.total_memory,
@@ -113,6 +122,7 @@ def _cuda_functions(played: Played) -> dict[str, Callable[..., Any]]:
         "is_current_stream_capturing": lambda: False,
         "current_device": lambda: played.current,
         "set_device": played.set_current,
+        "device": use,
         "get_device_name": lambda device=None: hardware.name,
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (properties.major, properties.minor),
@@ -195,8 +205,12 @@ def _accelerator(played: Played) -> Fakes:
     yield module, "synchronize", _shared(played)["synchronize"]
     # Optimizers ask whether a graph is being captured.
     yield module, "current_stream", lambda device=None: SimpleNamespace(is_capturing=lambda: False)
-    if hasattr(module, "empty_cache"):
+    if hasattr(module, "empty_cache"):  # torch 2.9+, with the statistics
         yield module, "empty_cache", _shared(played)["empty_cache"]
+        ledger = played.places[0].ledger
+        yield module, "memory_allocated", lambda device=None: ledger.allocated
+        yield module, "memory_reserved", lambda device=None: ledger.reserved
+        yield module, "max_memory_allocated", lambda device=None: ledger.peak
 
 
 def _loading(played: Played) -> Fakes:
