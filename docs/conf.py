@@ -13,7 +13,7 @@ author = "The portable-amp developers"
 project_copyright = "The portable-amp developers, MIT licence"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated", "pages"]
 exclude_patterns = ["_build"]
 default_role = "code"
 source_suffix = {".md": "markdown"}

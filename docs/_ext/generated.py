@@ -14,8 +14,6 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from cv_classification import config
-from portable_amp import choose
-from portable_amp.testing import MACHINES
 from portable_amp.traps import TRAPS
 
 
@@ -24,44 +22,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-class Decisions(SphinxDirective):
-    """What each request becomes on each machine of the catalogue: one table per request."""
-
-    required_arguments = 1
-
-    def run(self) -> list[nodes.Node]:
-        """The table for the request that is named."""
-        rows = []
-        for row in MACHINES:
-            plan = choose(self.arguments[0], row.capabilities)
-            got = plan.name + ("\u00a0+\u00a0scaler" if plan.scaler else "")
-            shown = f"*{got}*" if plan.fell_back else f"**{got}**" if plan.autocast else got
-            rows.append([f"`{row.key}`", shown, plan.reason])
-        return self.parse_text_to_nodes(table(["machine", "plan", "reason"], rows))
-
-
-class Machines(SphinxDirective):
-    """The catalogue: the readings that play each machine."""
-
-    def run(self) -> list[nodes.Node]:
-        """The table."""
-        rows = []
-        for row in MACHINES:
-            hw = row.hardware
-            seen = [
-                hw.compute_capability and "compute capability {}.{}".format(*hw.compute_capability),
-                hw.arch,
-                hw.macos and "macOS {}.{}".format(*hw.macos),
-                ", ".join(sorted(hw.cpu_features)),
-                "no float64" if hw.float64 is False else "",
-            ]
-            version = "{}.{}".format(*hw.torch_version)
-            told = "; ".join(filter(None, seen))
-            rows.append([f"`{row.key}`", hw.device_type, hw.name, told, version, row.source])
-        head = ["machine", "device", "name", "readings", "torch", "source"]
-        return self.parse_text_to_nodes(table(head, rows))
 
 
 class Traps(SphinxDirective):
@@ -180,6 +140,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register the tables."""
     app.connect("autodoc-process-docstring", hold, priority=400)
     app.connect("autodoc-process-docstring", release, priority=600)
-    for directive in (Decisions, Machines, Traps, Settings):
+    for directive in (Traps, Settings):
         app.add_directive(directive.__name__.lower(), directive)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -87,6 +87,8 @@ class Backend:
     """The torch.distributed backend that talks between such devices."""
     out_of_memory: tuple[str, ...] = ()
     """What an out-of-memory error of this device says."""
+    replaces_parameters: bool = False
+    """Module.to makes new parameters, and unties those that are shared (pytorch#116255)."""
 
 
 def torch_function(dotted: str | None) -> Callable[..., Any] | None:
@@ -135,10 +137,14 @@ def _read_cuda(device: torch.device) -> Hardware:
 
 def _memory_cuda_like(device: torch.device) -> MemoryStats:
     module = torch.get_device_module(device)
+
+    def ask(name: str) -> Any:  # a vendor's module may have some of them only
+        return getattr(module, name, lambda device: None)(device)
+
     return MemoryStats(
-        allocated=int(module.memory_allocated(device)),
-        reserved=int(module.memory_reserved(device)),
-        total=int(module.mem_get_info(device)[1]),
+        allocated=ask("memory_allocated"),
+        reserved=ask("memory_reserved"),
+        total=(ask("mem_get_info") or (None, None))[1],
     )
 
 
@@ -257,7 +263,7 @@ def _generic(device_type: str) -> Backend:
         module = _device_module(device_type)
         try:
             return int(module.device_count()) if module and module.is_available() else 0
-        except (AttributeError, RuntimeError):
+        except Exception:  # whatever a vendor's module throws, the device is of no use
             return 0
 
     def read(device: torch.device) -> Hardware:
@@ -266,11 +272,14 @@ def _generic(device_type: str) -> Backend:
         dtypes = supported() if supported else None
         bf16 = getattr(module, "is_bf16_supported", None)
         name = getattr(module, "get_device_name", None)
+        # torch.autocast refuses a plugin's device without this function, even when it is off.
+        plugin = device_type == torch._C._get_privateuse1_backend_name()
         return Hardware(
             device_type,
             str(name(device)) if name else device_type,
             torch_version(),
-            autocast=torch.amp.is_autocast_available(device_type),
+            autocast=torch.amp.is_autocast_available(device_type)
+            and not (plugin and supported is None),
             system=platform.system(),
             float16=None if dtypes is None else torch.float16 in dtypes,
             bfloat16=torch.bfloat16 in dtypes
@@ -289,6 +298,7 @@ def _generic(device_type: str) -> Backend:
         set_device=f"{device_type}.set_device",
         synchronize=f"{device_type}.synchronize",
         distributed=_VENDOR_DISTRIBUTED.get(device_type),
+        replaces_parameters=True,
     )
 
 

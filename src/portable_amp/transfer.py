@@ -41,7 +41,13 @@ def to_device(
     if isinstance(value, torch.nn.Module):
         for held in (*value.parameters(), *value.buffers()):
             held.data = narrow(held.data)
-        return value.to(device)
+        future: Any = torch.__future__
+        before = future.get_swap_module_params_on_conversion()
+        future.set_swap_module_params_on_conversion(before or backend.replaces_parameters)
+        try:
+            return value.to(device)
+        finally:
+            future.set_swap_module_params_on_conversion(before)
     return map_tensors(move, value)
 
 

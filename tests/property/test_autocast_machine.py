@@ -184,10 +184,8 @@ class AutocastMachine(RuleBasedStateMachine):
         target=regions,
         key=st.sampled_from(PLAYED),
         first=st.lists(ARGUMENTS, min_size=3, max_size=3),
-        early=st.sampled_from([True, True, False]),
     )
-    def start(self, key: str, first: list[tuple[Any, ...]], early: bool) -> Any:
-        self.early = early
+    def start(self, key: str, first: list[tuple[Any, ...]]) -> Any:
         self.threads = [Thread(), Thread()]  # outside `playing`, which slows threads started in it
         self.stack = contextlib.ExitStack()
         played = self.stack.enter_context(playing(key)).device_type
@@ -198,10 +196,8 @@ class AutocastMachine(RuleBasedStateMachine):
     @rule(target=regions, who=WHO, arguments=ARGUMENTS, spell=SPELLINGS)
     def make(self, who: int, arguments: tuple[Any, ...], spell: Any) -> Region:
         """Made inside regions or outside: what is None is asked for now, not at the entry."""
-        which, dtype, enabled, cache_enabled = arguments
-        if self.early:  # until test_cache_enabled_is_restored_whichever_region_is_left_first holds
-            cache_enabled = None
-        kind, others = self.kinds[which], (dtype, enabled, cache_enabled)
+        which, *others = arguments
+        kind = self.kinds[which]
         theirs = torch.autocast if which != "absent" else lambda *_: contextlib.nullcontext()
         return Region(
             *self.threads[who].both(
@@ -228,7 +224,7 @@ class AutocastMachine(RuleBasedStateMachine):
     def interleave(self, who: int, entered: list[Region], order: list[int]) -> None:
         """As generators do that are resumed in turn: left in any order."""
         self.enter(who, entered)
-        for at in order if self.early else (3, 2, 1, 0):
+        for at in order:
             if at < len(entered):
                 self.threads[who].leave(entered[at])
 

@@ -150,6 +150,7 @@ def test_every_way_to_the_device_is_seen() -> None:
         assert x.to("cpu") is x
         assert ways[0].to("cuda") is ways[0]
         assert not ways[0].cpu().is_cuda
+        assert ways[0].to("meta").is_meta
 
 
 def test_the_current_device() -> None:
@@ -245,6 +246,12 @@ def test_one_process_is_one_machine_at_a_time() -> None:
     assert "another thread plays a100" in str(refused)
 
 
+def test_a_vendors_device_is_listed_once() -> None:
+    with play("ascend-910b"), pytest.raises(portable_amp.DeviceError) as caught:
+        DeviceContext("privateuseone:3")
+    assert str(caught.value).count("privateuseone:0") == 1
+
+
 def test_plays_nest_in_one_thread() -> None:
     with play("t4"):
         with play("m2-macos14"):
@@ -314,6 +321,8 @@ def test_checkpoints_are_loaded_to_the_device(tmp_path: object) -> None:
         (lambda: machine("t4", "2.77"), "there is 2.7"),
         (lambda: play("t4", flaot64=False).__enter__(), "no option 'flaot64'; did you mean 'float"),
         (lambda: play("t4", zzz=1).__enter__(), "no option 'zzz'; there is memory, float64"),
+        (lambda: play("t4", memory=1).__enter__(), "it needs live=True"),
+        (lambda: play("t4", count=0).__enter__(), "a machine has 1 device or more"),
         (lambda: play("t44").__enter__(), "no machine 't44' in the catalogue; there is t4"),
         (lambda: play("t4", torch_version="1.13").__enter__(), "no torch '1.13'"),
     ],

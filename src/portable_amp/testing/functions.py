@@ -98,6 +98,7 @@ def _cuda_functions(played: Played) -> dict[str, Callable[..., Any]]:
     properties = SimpleNamespace(
         name=hardware.name,
         total_memory=hardware.total_memory,
+        multi_processor_count=1,
         major=(hardware.compute_capability or (9, 0))[0],
         minor=(hardware.compute_capability or (9, 0))[1],
         gcnArchName=f"{hardware.arch}:sramecc+:xnack-" if hardware.arch else "",

@@ -14,10 +14,11 @@ import torch
 from portable_amp import backends, capabilities, notices
 from portable_amp.backends import Backend
 from portable_amp.errors import MachineError
+from portable_amp.testing import machines
 from portable_amp.testing.functions import fakes, replaced
 from portable_amp.testing.kinds import kind_of
 from portable_amp.testing.ledger import Ledger
-from portable_amp.testing.machines import Machine, machine
+from portable_amp.testing.machines import Machine
 from portable_amp.testing.shadow import Place, Shadow, guarded
 from portable_amp.testing.tensors import Functions, Operations, composites
 
@@ -160,7 +161,7 @@ class Played:
         raw = tensor.raw if isinstance(tensor, Shadow) else tensor
         if place is None:
             self.record("copy", non_blocking=non_blocking)
-            return raw.to(**{**options, "copy": True})
+            return raw.to(**{**options, "device": device, "copy": True})
         self.record("copy", non_blocking=non_blocking, pinned=pinned)
         if options["dtype"] is torch.float64 and place.no_float64:
             raise place.no_float64()
@@ -214,7 +215,7 @@ def is_playing() -> bool:
 
 @contextlib.contextmanager
 def play(
-    machine_: str | Machine,
+    machine: str | Machine,
     *,
     live: bool = False,
     count: int = 1,
@@ -232,7 +233,7 @@ def play(
     torch.compile runs the model as it is.
 
     Args:
-        machine_: a name of the catalogue, or a Machine.
+        machine: a name of the catalogue, or a Machine.
         live: play the tensors too; for cuda, xpu and mps, on Linux and macOS.
         count: how many such devices there are.
         torch_version: the torch that runs there, "2.6"; None: the row's.
@@ -255,9 +256,11 @@ def play(
     # What torch finds out about this machine when it loads its compiler must be the truth.
     import torch._dynamo
 
-    row = machine(machine_, torch_version) if isinstance(machine_, str) else machine_
+    row = machines.machine(machine, torch_version) if isinstance(machine, str) else machine
     row = _with_this_torch(row)
-    options = _quirks(quirks)
+    options = _quirks(quirks, live=live)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise MachineError(f"play(count={count!r}): a machine has 1 device or more")
     if options.float64 is not None:  # a fact, which decisions follow, too
         row = replace(row, hardware=replace(row.hardware, float64=options.float64))
     with _one_thread_plays(), contextlib.ExitStack() as stack:
@@ -293,13 +296,15 @@ def _with_this_torch(row: Machine) -> Machine:
     return replace(row, hardware=replace(row.hardware, device_type=name, autocast=autocast))
 
 
-def _quirks(given: dict[str, Any]) -> Quirks:
+def _quirks(given: dict[str, Any], *, live: bool) -> Quirks:
     names = [field.name for field in fields(Quirks)]
     for name in given:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(names)}"
             raise MachineError(f"play() has no option {name!r}; {hint}")
+        if not live and name != "float64":
+            raise MachineError(f"play({name}=...) is about the tensors: it needs live=True")
     return Quirks(**given)
 
 
@@ -331,7 +336,9 @@ def _facts(row: Machine) -> Iterator[None]:
         rows = (backends.backend_for(kind), *rows)
     forget()
     try:
-        with replaced([(backends, "BACKENDS", tuple(map(seen, rows)))]):
+        # A vendor's device that is really here is none of the machine's.
+        vendors = (backends, "_vendor_types", tuple)
+        with replaced([(backends, "BACKENDS", tuple(map(seen, rows))), vendors]):
             yield
     finally:
         forget()
