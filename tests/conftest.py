@@ -21,7 +21,9 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in support.SETTINGS:
         monkeypatch.delenv(name, raising=False)
     support.forget()
+    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in support.KINDS}
     yield
     support.forget()
     for kind in support.KINDS:
         assert not torch.is_autocast_enabled(kind), f"a test left {kind} autocast on"
+        assert torch.get_autocast_dtype(kind) is dtypes[kind], f"a test left {kind} another dtype"

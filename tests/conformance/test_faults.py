@@ -312,13 +312,15 @@ def test_each_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> No
     if key not in PLAYED:
         pytest.skip(f"torch {torch.__version__} has no autocast for the device of {key}")
     put_in(monkeypatch)
+    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in KINDS}
     try:
         with pytest.raises(Exception) as caught:
             examine(key)
     finally:  # some faults leave autocast on
         autocast._entered.regions.clear()
-        for kind in KINDS:
+        for kind, dtype in dtypes.items():
             torch.set_autocast_enabled(kind, False)
+            torch.set_autocast_dtype(kind, dtype)
         for _ in range(torch.autocast_increment_nesting()):
             torch.autocast_decrement_nesting()
     assert told in "".join(traceback.format_exception(caught.value))
