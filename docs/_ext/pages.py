@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from generated import table
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from torch import nn
@@ -22,6 +21,13 @@ from portable_amp.testing import MACHINES, Machine, dtype_flow
 DOCS = Path(__file__).resolve().parents[1]
 MADE = "<!-- Made by docs/_ext/pages.py: change that, and run it. -->\n"
 REQUESTS = ("auto", "fp16", "bf16")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of Markdown cells as a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def support_matrix() -> str:
