@@ -12,6 +12,8 @@ import support
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+# Three times as many for each of the two state machines: 2,400 in all.
+settings.register_profile("ci", settings.get_profile("default"), max_examples=400)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

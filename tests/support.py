@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import pytest
 import torch
 
 from portable_amp import capabilities, notices
@@ -24,6 +25,11 @@ SETTINGS = (
 KINDS = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
 
 
+without_mps = pytest.mark.skipif(
+    "mps" not in KINDS, reason=f"torch {torch.__version__} has no autocast for MPS"
+)
+
+
 def forget() -> None:
     """Nothing was probed, decided or told yet."""
     capabilities.forget()
@@ -32,7 +38,7 @@ def forget() -> None:
 
 @contextlib.contextmanager
 def playing(hardware: Hardware | str, count: int = 1) -> Iterator[Hardware]:
-    """This machine has `count` such devices, and no other accelerator."""
+    """This machine has `count` such devices, and no other accelerator; as this torch has it."""
     row = machine(hardware) if isinstance(hardware, str) else Machine("made up", hardware, "a test")
-    with play(row, count=count):
-        yield row.hardware
+    with play(row, count=count) as played:
+        yield played.machine.hardware

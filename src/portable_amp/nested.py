@@ -45,6 +45,7 @@ def slice_of(batch: Any, start: int, stop: int) -> Any:
             return item[start:stop] if item.dim() else item
         if (
             isinstance(item, (list, tuple))
+            and not hasattr(item, "_fields")
             and len(item) == total
             and next(tensors_in(item), None) is None
         ):

@@ -25,49 +25,6 @@ def state() -> State:
     return (*per_kind, torch.is_autocast_cache_enabled(), nesting)
 
 
-class PlannedError(Exception):
-    """Raised on purpose inside a region."""
-
-
-# A program of regions: which one to enter, whether an exception ends it, and what runs inside.
-ARGUMENTS = st.tuples(
-    st.sampled_from(["cpu"]),
-    # None is resolved when an instance is made, so a fresh one and a reused one may rightly differ.
-    st.sampled_from([torch.bfloat16, torch.float16]),
-    st.booleans(),
-    st.booleans(),
-)
-PROGRAMS = st.recursive(
-    st.just([]),
-    lambda inner: st.lists(st.tuples(st.integers(0, 3), st.booleans(), inner), max_size=3),
-    max_leaves=12,
-)
-
-
-def run(program: list[Any], enter: Any, seen: list[State]) -> None:
-    seen.append(state())
-    for which, fails, inner in program:
-        before = state()
-        with contextlib.suppress(PlannedError), enter(which):
-            run(inner, enter, seen)
-            if fails:
-                raise PlannedError
-        assert state() == before
-        seen.append(state())
-
-
-@given(st.lists(ARGUMENTS, min_size=4, max_size=4), PROGRAMS)
-def test_reused_instances_behave_as_fresh_ones_of_torch(
-    arguments: list[tuple[Any, ...]], program: list[Any]
-) -> None:
-    """The oracle is torch.autocast, made anew at each entry; ours are four instances, reused."""
-    ours, theirs = list[State](), list[State]()
-    instances = [maybe_autocast(*given) for given in arguments]
-    run(program, instances.__getitem__, ours)
-    run(program, lambda which: torch.autocast(*arguments[which]), theirs)
-    assert ours == theirs
-
-
 @given(
     strategies.hardware(*KINDS),
     st.sampled_from(KINDS),

@@ -94,10 +94,10 @@ def test_a_common_plan_suits_every_rank_in_any_order(
 def test_a_context_honours_tells_or_raises(
     hardware: Hardware, request: Precision, strict: bool
 ) -> None:
-    expected = choose(request, derive(hardware))
     kind = hardware.device_type
-    with playing(hardware), warnings.catch_warnings(record=True) as caught:
+    with playing(hardware) as seen, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        expected = choose(request, derive(seen))
         logging.disable(logging.CRITICAL)
         try:
             if strict and expected.fell_back:

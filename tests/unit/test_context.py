@@ -16,7 +16,7 @@ from portable_amp import (
     context,
 )
 from portable_amp.testing import machine
-from support import playing
+from support import playing, without_mps
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,7 @@ def test_explain_tells_every_decision() -> None:
         assert words in text
 
 
+@without_mps
 def test_automatic_precision_that_is_off_is_told_once_and_is_no_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -121,6 +122,7 @@ def test_it_is_immutable() -> None:
         del ctx.plan
 
 
+@without_mps
 def test_it_pickles_and_compares(caplog: pytest.LogCaptureFixture) -> None:
     with playing("m2-macos14"):
         ctx = DeviceContext(precision="fp16")

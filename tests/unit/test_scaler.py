@@ -18,7 +18,7 @@ from portable_amp import (
     maybe_autocast,
 )
 from portable_amp.testing import machine
-from support import KINDS, playing
+from support import playing, without_mps
 
 INF = float("inf")
 
@@ -44,6 +44,7 @@ def test_it_takes_torchs_arguments_in_torchs_order() -> None:
     assert isinstance(scaler, torch.amp.GradScaler)
 
 
+@without_mps
 @pytest.mark.parametrize(("key", "on"), [("t4", True), ("a100", False), ("m2-macos14", False)])
 def test_it_is_on_only_where_automatic_precision_is_fp16(key: str, on: bool) -> None:
     with playing(key):
@@ -51,9 +52,6 @@ def test_it_is_on_only_where_automatic_precision_is_fp16(key: str, on: bool) -> 
         ctx = DeviceContext(precision="fp16")
         assert ctx.scaler().is_enabled()
     assert not ScalerShim().is_enabled()
-
-
-without_mps = pytest.mark.skipif("mps" not in KINDS, reason="this torch has no autocast for MPS")
 
 
 @without_mps
@@ -260,6 +258,7 @@ def test_without_float64_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch)
         trained(torch.amp.GradScaler("cpu"))
 
 
+@without_mps
 def test_float64_is_asked_of_the_device() -> None:
     for key, has in {"arc-a770": False, "max1550": True, "m2-macos14": False, "t4": True}.items():
         with playing(key):
