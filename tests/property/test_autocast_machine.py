@@ -30,16 +30,11 @@ from hypothesis.stateful import (
 
 from portable_amp import maybe_autocast
 from portable_amp.autocast import NoAutocast
-from portable_amp.backends import torch_version
 from portable_amp.testing import machine
 from support import KINDS, playing
 
-# Off a Mac, torch 2.5 knows no bf16 for MPS.
-PLAYABLE = [kind for kind in KINDS if (kind, torch_version()) != ("mps", (2, 5))]
 PLAYED = [
-    key
-    for key in ("a100", "arc-a770", "m2-macos14")
-    if machine(key).hardware.device_type in PLAYABLE
+    key for key in ("a100", "arc-a770", "m2-macos14") if machine(key).hardware.device_type in KINDS
 ]
 ONES = torch.ones(2, 2)
 WHO = st.sampled_from([0, 1])
