@@ -2,6 +2,6 @@
 # sh tests/run.sh [ARGUMENTS]: set up once, then run all tests; ARGUMENTS go to pytest.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=$(sh "$root/tools/env.sh" example,testing)
+python=$(sh "$root/tools/env.sh" example,testing,tracking)
 cd "$root"
 exec "$python" -m pytest "$@"

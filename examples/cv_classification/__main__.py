@@ -1,4 +1,4 @@
-"""The command line: python -m cv_classification train | evaluate | predict | demo."""
+"""The command line: python -m cv_classification train | evaluate | predict | report | demo."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cv_classification.config import InputError, load_config
-from cv_classification.demo import demo
+from cv_classification.demo import DEMOS, demo
 from cv_classification.evaluate import evaluate
+from cv_classification.interrupt import Interrupted
 from cv_classification.train import train
 from cv_classification.tta import predict
 from portable_amp import PortableAmpError
@@ -20,24 +21,39 @@ COMMANDS = {
     "train": "train a model",
     "evaluate": "tell how good a model is, on its validation images or on others",
     "predict": "write submission.csv, each prediction averaged over views of the image",
-    "demo": "write digits, train, predict, and score: the whole pipeline in a minute or two",
+    "report": "write report.html: curves, confusions, the images that are taken for others",
+    "demo": "write images, train, predict, and score: the whole pipeline in some minutes",
 }
+INT: dict[str, Any] = {"type": int, "default": 0}
 PATH: dict[str, Any] = {"type": Path}
 FLAG: dict[str, Any] = {"action": "store_true"}
+RESUME: dict[str, Any] = {"choices": ["always", "auto"], "default": ""}
 # An option, the commands that have it, its help, and what else argparse is told of it.
 OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
-    ("checkpoint", "evaluate predict", "a checkpoint, or the folder of a run", PATH),
+    ("checkpoint", "evaluate predict report", "a checkpoint, or the folder of a run", PATH),
     ("--config", "train", "YAML file with the settings", PATH),
-    ("--resume", "train", "go on with the run in `output`", FLAG),
-    ("--data", "evaluate predict", "data folder, or a table of labelled images", PATH),
-    ("--images", "evaluate", "folder of the images that a table names", PATH),
-    ("--output", "predict", "default: submission.csv beside the checkpoint", PATH),
-    ("--tta", "evaluate", "average over the preset's views", FLAG),
+    ("--resume", "train", "go on with the run in `output`; auto: if there is one", RESUME),
+    ("--data", "evaluate predict report", "data folder, or a table of labelled images", PATH),
+    ("--images", "evaluate report", "folder of the images that a table names", PATH),
+    ("--output", "predict report", "the file to write, by default beside the checkpoint", PATH),
+    ("--tta", "evaluate report", "average over the preset's views", FLAG),
     ("--no-tta", "predict", "see each image once", {"action": "store_false", "dest": "tta"}),
-    ("--skip-bad-images", "train evaluate", "go on without them", {**FLAG, "dest": "skip_bad"}),
+    ("--mc-dropout", "evaluate predict report", "average over so many passes with dropout", INT),
+    (
+        "--skip-bad-images",
+        "train evaluate report",
+        "go on without them",
+        {**FLAG, "dest": "skip_bad"},
+    ),
+    ("--preset", "demo", "default %(default)s", {"choices": [*DEMOS], "default": "digits"}),
     ("--out", "demo", "folder, default %(default)s", {**PATH, "default": Path("runs/demo")}),
-    ("--seed", "demo", "default %(default)s", {"type": int, "default": 0}),
-    ("--explain", "train evaluate predict demo", "say why the device is used as it is", FLAG),
+    ("--seed", "demo", "default %(default)s", INT),
+    (
+        "--explain",
+        "train evaluate predict report demo",
+        "say why the device is used as it is",
+        FLAG,
+    ),
 )
 
 
@@ -60,8 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, PortableAmpError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"{stop}; `train --resume` goes on from here", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
-        print("interrupted; `train --resume` goes on after the last whole epoch", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     finally:
         logging.getLogger("portable_amp").removeHandler(notices)
@@ -74,19 +93,31 @@ def run(argv: Sequence[str] | None) -> int:
         InputError: what was asked for cannot be done.
         PortableAmpError: nor by the device.
     """
-    # Settings are the words that are left over: argparse has no way to let options stand between.
-    args, overrides = make_parser().parse_known_args(argv)
+    args, overrides = parse(sys.argv[1:] if argv is None else argv)
     options = {name: value for name, value in vars(args).items() if name != "command"}
     if args.command == "train":
         config = load_config(options.pop("config"), overrides)
-        print(f"best model: {train(config, **options).path}")
+        print(f"best model: in {train(config, **options)}")
     elif args.command == "evaluate":
         evaluate(overrides=overrides, **options)
+    elif args.command == "report":
+        checkpoint, html = options["checkpoint"], options.pop("output")
+        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        evaluate(overrides=overrides, html=html or folder / "report.html", **options)
     elif args.command == "predict":
         predict(overrides=overrides, **options)
     elif not demo(overrides=overrides, **options):
         return 1
     return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the settings: words that are left over, wherever they stand."""
+    words = list(argv)
+    for at, word in enumerate(words):  # alone it means always, which argparse cannot tell apart
+        if word == "--resume" and words[at + 1 : at + 2] not in (["always"], ["auto"]):
+            words[at] = "--resume=always"
+    return make_parser().parse_known_args(words)
 
 
 def make_parser() -> Parser:

@@ -4,98 +4,105 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from itertools import chain, count
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+import yaml
+from pydantic import AfterValidator, Field, ValidationError
 
-from cv_classification.config import InputError, nearest
+from cv_classification.config import InputError, Section, nearest
 
 # On import albumentations asks a server for its newest version, and waits where there is none.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 import albumentations as A
 
+PRESETS = Path(__file__).with_name("presets.yaml")
+KINDS = {k: v for k, v in vars(A).items() if isinstance(v, type) and hasattr(v, "apply_to_images")}
 
-@dataclass(frozen=True)
-class Preset:
-    """One kind of images."""
+
+def _check(step: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Try a transform on a blank image: only what it makes tells that Normalize makes floats."""
+    ((name, arguments),) = step.items()
+    if name not in KINDS:
+        raise InputError(f"albumentations has no transform {name!r}; {nearest(name, KINDS)}")
+    try:
+        transform = KINDS[name](**arguments, strict=True)
+        transform.p = 1.0
+        made = A.Compose([transform])(image=np.zeros((256, 256, 3), np.uint8))["image"]
+    except Exception as error:  # each refuses in its own way
+        why = " ".join(str(error).split()).partition(" For further")[0]
+        raise InputError(f"{name}: {why}") from error
+    if made.dtype != np.uint8 or made.shape[2:] != (3,):
+        raise InputError(f"{name}: does not make an 8-bit RGB image of one")
+    return step
+
+
+Some = Field(min_length=1)
+Step = Annotated[
+    dict[str, dict[str, Any]], Field(min_length=1, max_length=1), AfterValidator(_check)
+]
+Stage = Annotated[tuple[tuple[Step, ...], ...], Some]
+
+
+class Preset(Section):
+    """One kind of images; presets.yaml tells what each means."""
 
     keep_aspect: bool
-    """Fit the longer side and pad to a square; else stretch."""
-    fill: int
-    """Grey value of what is padded, 0 to 255."""
-    train: tuple[tuple[Any, dict[str, Any]], ...]
-    """albumentations' classes and their arguments, in order."""
-    views: tuple[str, ...]
-    """Of `tta.VIEWS`: those that leave the class what it is."""
-
-
-PRESETS = {
-    "none": Preset(keep_aspect=False, fill=0, train=(), views=("identity",)),
-    # No flips: a mirrored digit is another one, or none.
-    "digits": Preset(
-        keep_aspect=False,
-        fill=0,
-        train=(
-            (
-                A.Affine,
-                {
-                    "rotate": (-12, 12),
-                    "scale": (0.85, 1.15),
-                    "translate_percent": (-0.08, 0.08),
-                    "shear": (-8, 8),
-                    "p": 1.0,
-                },
-            ),
-        ),
-        views=("identity", "rotate+5", "rotate-5"),
-    ),
-    # Scans and photos of paper, which lie any way round.
-    "documents": Preset(
-        keep_aspect=True,
-        fill=255,
-        train=(
-            (A.HorizontalFlip, {"p": 0.5}),
-            (A.VerticalFlip, {"p": 0.5}),
-            (A.Transpose, {"p": 0.5}),
-            (A.Rotate, {"limit": (-30, 30), "fill": 255, "p": 0.7}),
-            (A.GaussianBlur, {"sigma_limit": (0.2, 1.5), "p": 0.3}),
-            (A.GaussNoise, {"std_range": (0.02, 0.15), "p": 0.5}),
-        ),
-        views=("identity", "fliplr", "flipud", "rotate180", "transpose"),
-    ),
-}
+    fill: Annotated[int, Field(strict=True, ge=0, le=255)]
+    views: Annotated[tuple[str, ...], Some]
+    stages: Annotated[tuple[Stage, ...], Some]
 
 
 def find_preset(name: str) -> Preset:
     """The preset of that name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is wrong.
     """
-    if name not in PRESETS:
-        raise InputError(f"data.preset={name!r} is no preset; {nearest(name, PRESETS)}")
-    return PRESETS[name]
+    presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
+    if name not in presets:
+        raise InputError(f"data.preset={name!r} is no preset; {nearest(name, presets)}")
+    try:
+        return Preset.model_validate(presets[name])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    place, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    raise InputError(f"{PRESETS}: preset {name!r}, {place}: {why}")
 
 
 class Transform:
-    """An image (H, W, 3) uint8 fitted to (size, size, 3) uint8, and augmented for training."""
+    """An image fitted to the model, as it is or augmented; a preset's groups are its variants.
 
-    def __init__(self, preset: Preset, size: int, *, training: bool) -> None:
-        fit = (
-            [
-                A.LongestMaxSize(size, area_for_downscale="image"),
-                A.PadIfNeeded(size, size, fill=preset.fill),
-            ]
-            if preset.keep_aspect
-            else [A.Resize(size, size, area_for_downscale="image")]
-        )
-        steps = [kind(**arguments) for kind, arguments in preset.train] if training else []
-        self._compose = A.Compose([*fit, *steps], strict=True)
+    stages: for each stage the numbers of its variants, which are 1 or more.
+    """
 
-    def __call__(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        fitted: npt.NDArray[np.uint8] = self._compose(image=image)["image"]
+    def __init__(self, preset: Preset, size: int) -> None:
+        narrow = A.LongestMaxSize if preset.keep_aspect else A.Resize
+        shape = (size,) if preset.keep_aspect else (size, size)
+        fit = [
+            narrow(*shape, area_for_downscale="image"),
+            A.PadIfNeeded(size, size, fill=preset.fill),
+        ]
+
+        def build(name: str, arguments: dict[str, Any]) -> A.BasicTransform:
+            fill = {"fill": preset.fill} if "fill" in signature(KINDS[name]).parameters else {}
+            return KINDS[name](**{**fill, **arguments})
+
+        number = count(1)
+        self.stages = tuple(tuple(next(number) for _ in stage) for stage in preset.stages)
+        # Fitted again at the end, as a transform may crop; where none does, that costs nothing.
+        self._variants = [
+            A.Compose([*fit, *(build(*item) for step in group for item in step.items()), *fit])
+            for group in [(), *chain.from_iterable(preset.stages)]
+        ]
+
+    def __call__(self, image: npt.NDArray[np.uint8], variant: int = 0) -> npt.NDArray[np.uint8]:
+        """image: (H, W, 3) uint8 -> (size, size, 3) uint8; variant 0 is fitted and no more."""
+        fitted: npt.NDArray[np.uint8] = self._variants[variant](image=image)["image"]
         return fitted
 
     def set_random_seed(self, seed: int) -> None:
@@ -105,4 +112,6 @@ class Transform:
         with the *same* seed: they all toss the same coin, and of the eight ways to flip and
         transpose an image two are left. One generator that all share has no such fault.
         """
-        self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        shared = np.random.default_rng(seed), random.Random(seed)
+        for variant in self._variants:
+            variant.set_random_state(*shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 WholeNumber = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 # Not strict: YAML 1.1 reads 1e-3 as a string, and everybody writes 1e-3.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -28,28 +30,41 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# The meaning of each setting is told once, in docs/reference/example-config.md.
 class DataConfig(Section):
-    """Where the images are and how they are read."""
+    """Where the images are, and how they are read and augmented."""
 
     path: Path = Path("data")
     preset: str = "none"
-    """A row of `augment.PRESETS`."""
+    offline: bool = False
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    balance: Literal["none", "sampler", "copies"] = "none"
     validation: Annotated[Share, Field(gt=0)] = 0.2
-    """The part of the labelled images that chooses the epoch, and is not trained on."""
+    folds: Annotated[Count, Field(ge=2)] | None = None
+    fold: WholeNumber | None = None
     batch_size: Count = 32
     workers: WholeNumber = 0
 
 
+class HeadConfig(Section):
+    """Layers between the network's features and the classes."""
+
+    hidden: Count | None = None
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    dropout: Share = 0.0
+
+
 class ModelConfig(Section):
-    """Which of timm's models."""
+    """Which of timm's models, and how much of it is trained."""
 
     name: str = "resnet18"
     pretrained: bool = False
     weights: Path | None = None
-    """A file with pretrained weights, for machines without network; else timm downloads them."""
     image_size: Count | None = None
-    """Pixels; None: what the model was made for."""
     drop_rate: Share = 0.0
+    tune: Literal["full", "head", "scratch"] | Count = "full"
+    head: HeadConfig = HeadConfig()
 
 
 class TrainConfig(Section):
@@ -57,20 +72,24 @@ class TrainConfig(Section):
 
     epochs: Count = 20
     optimizer: str = "adamw"
-    """Any name of timm.optim.list_optimizers()."""
     lr: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    schedule: Literal["cosine", "poly", "tanh"] = "cosine"
+    weight_decay: NotNegative = 0.01
+    schedule: str = "cosine"
+    schedule_options: dict[str, Any] = {}
     warmup_epochs: WholeNumber = 0
     accumulate: Count = 1
-    """Batches whose gradients make one optimizer step."""
     max_norm: Positive | None = None
-    """Clip the norm of the whole gradient to this."""
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: NotNegative = 2.0
+    class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: Share = 0.0
+    ema: Share = 0.0
+    validation_views: Count = 1
     monitor: Literal["macro_f1", "accuracy", "log_loss"] = "macro_f1"
-    """What the best epoch is best at; few validation images make all but log loss coarse."""
     patience: Count | None = None
-    """Stop after so many epochs without a better one."""
+    save_every: Count | None = None
+    give_up_after: Count = 10
+    sharded: bool = False
 
 
 class Config(Section):
@@ -78,10 +97,10 @@ class Config(Section):
 
     seed: WholeNumber = 0
     device: str | None = None
-    """None: portable-amp takes the best one."""
     precision: Any = "auto"
     """What DeviceContext takes, and checks."""
     output: Path = Path("runs/run")
+    tracking: tuple[Literal["tensorboard", "wandb"], ...] = ()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -90,7 +109,10 @@ class Config(Section):
 # What a trained model may be run with; anything else would not be the model that was trained.
 RUNTIME = ("device", "precision", "data.batch_size", "data.workers")
 # What may differ when training is resumed; the batch size may not.
-RESUMABLE = ("device", "precision", "output", "data.path", "data.workers", "train.patience")
+RESUMABLE = (
+    *("device", "precision", "output", "tracking", "data.path", "data.workers"),
+    *("train.patience", "train.save_every", "train.give_up_after"),
+)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -130,9 +152,11 @@ def check_config(settings: dict[str, Any], source: str) -> Config:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     place = [str(part) for part in first["loc"]]
-    name = ".".join(place)
     if first["type"] != "extra_forbidden":
+        # Where the value is wrong for each member of a union, that member is named, too.
+        name = ".".join(part for part in place if re.fullmatch(r"(?!int$)\w+", part))
         raise InputError(f"{source}: {name}={first['input']!r}: {first['msg']}")
+    name = ".".join(place)
     section: Any = Config
     for part in place[:-1]:
         section = section.model_fields[part].annotation

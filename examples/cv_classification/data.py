@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from cv_classification.config import InputError
+from cv_classification.config import DataConfig, InputError
 
 COLUMNS = ("ID", "target")
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -86,7 +86,7 @@ def read_rows(table: Path) -> list[tuple[str, int]]:
 
 
 def split(
-    samples: Sequence[Sample], classes: Classes, validation: float, seed: int
+    samples: Sequence[Sample], classes: Classes, config: DataConfig, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
     """The samples for training and for validation, each with every class in proportion.
 
@@ -97,21 +97,27 @@ def split(
     rarest = min(counts, key=lambda label: counts[label])
     if len(counts) < 2:
         raise InputError(f"all images are of class {classes.names[rarest]!r}; two classes work")
-    if counts[rarest] < 2:
+    if counts[rarest] < (needed := config.folds or 2):
         raise InputError(
-            f"class {classes.names[rarest]!r} has one image; two work, one to train with and one "
-            "to validate with"
+            f"class {classes.names[rarest]!r} has {counts[rarest]} images; {needed} work, so that "
+            "there is one to train with and one to validate with"
         )
     labels = [sample.label for sample in samples]
-    try:
-        train, held_out = train_test_split(
-            list(samples), test_size=validation, random_state=seed, stratify=labels
-        )
-    except ValueError as error:
-        raise InputError(
-            f"data.validation={validation}: {len(samples)} images in {len(counts)} classes cannot "
-            f"be divided so that either part has every class: {error}"
-        ) from error
+    if config.folds is not None and config.fold is not None:
+        folds = StratifiedKFold(config.folds, shuffle=True, random_state=seed)
+        parts = [*folds.split(labels, labels)][config.fold]
+    else:
+        every = range(len(samples))
+        try:
+            parts = train_test_split(
+                every, test_size=config.validation, random_state=seed, stratify=labels
+            )
+        except ValueError as error:
+            raise InputError(
+                f"data.validation={config.validation}: {len(samples)} images in {len(counts)} "
+                f"classes cannot be divided so that either part has every class: {error}"
+            ) from error
+    train, held_out = ([samples[index] for index in part] for part in parts)
     return train, held_out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cv_classification.augment import Transform
 from cv_classification.config import Config, InputError
 from cv_classification.data import Classes, Sample, read_labelled, split
-from portable_amp import DeviceContext
+from portable_amp import DeviceContext, Ranks, ranks
 
-Draw = tuple[int, int]
-"""Which sample, and the seed of its augmentation."""
-Batches = DataLoader[tuple[torch.Tensor, int]]
-"""images: (N, 3, S, S) uint8 RGB, labels: (N,) int64."""
+Draw = tuple[int, int, int]
+"""Which sample, in which of its transform's variants, and the seed of the augmentation."""
+Batches = DataLoader[tuple[torch.Tensor, int, int]]
+"""images: (N, 3, S, S) uint8 RGB, labels: (N,) int64, indexes of the samples: (N,) int64."""
+ONE_PROCESS = Ranks()
 
 
 def read_image(path: Path, *, draft: bool = False) -> npt.NDArray[np.uint8]:
@@ -105,24 +107,24 @@ def read_split(config: Config, *, skip_bad: bool = False) -> Split:
     """
     samples, classes = read_labelled(config.data.path)
     samples = check_images(samples, skip_bad=skip_bad)
-    parts = split(samples, classes, config.data.validation, config.seed)
+    parts = split(samples, classes, config.data, config.seed)
     ids = [sorted((sample.id, sample.label) for sample in part) for part in parts]
     return Split(*parts, classes, hashlib.sha256(repr((ids, classes)).encode()).hexdigest())
 
 
-class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
-    """Samples as `image: (3, S, S) uint8 RGB, label`; the model normalises, on the device."""
+class ImageDataset(Dataset[tuple[torch.Tensor, int, int]]):
+    """Samples as `image: (3, S, S) uint8 RGB, label, index`; normalising is the model's part."""
 
     def __init__(self, samples: Sequence[Sample], transform: Transform) -> None:
         self.samples = list(samples)
         self.transform = transform
 
-    def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, int]:
-        index, seed = draw
+    def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, int, int]:
+        index, variant, seed = draw
         self.set_random_seed(seed)
-        image = self.transform(read_image(self.samples[index].path))
+        image = self.transform(read_image(self.samples[index].path), variant)
         channels_first = np.ascontiguousarray(image.transpose(2, 0, 1))
-        return torch.from_numpy(channels_first), self.samples[index].label
+        return torch.from_numpy(channels_first), self.samples[index].label, index
 
     def set_random_seed(self, seed: int) -> None:
         """Seed the augmentation, which has generators of its own and a copy in every worker."""
@@ -130,38 +132,89 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
 
 
 class Draws(Sampler[Draw]):
-    """Every sample once, each with the seed of its augmentation: a function of seed and epoch.
+    """What this process trains on in an epoch: a function of the seed and the epoch alone.
 
-    So neither workers nor an interruption change what a run sees. Set `epoch` before each one.
-    Without a seed: in order, for evaluation.
+    So neither workers nor an interruption change what a run sees. Set `epoch` before each one, and
+    `done` to the draws that were made before an interruption.
     """
 
-    def __init__(self, count: int, seed: int | None = None) -> None:
-        self.count = count
-        self.seed = seed
-        self.epoch = 0
+    def __init__(
+        self, labels: Sequence[int], stages: Sequence[Sequence[int]], config: Config
+    ) -> None:
+        self.labels = np.asarray(labels)
+        self.stages = [np.asarray(stage) for stage in stages]
+        self.config = config
+        self.epoch = self.done = 0
+        # Of all processes together; each gets as many as the others.
+        together = len(self._pool(np.random.default_rng(0))) * (
+            len(self.stages[0]) if config.data.offline else 1
+        )
+        self.count = together // ranks().world_size
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Draw]:
-        if self.seed is None:
-            return iter([(index, 0) for index in range(self.count)])
-        random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(self.count).tolist()
-        return iter(zip(order, random.integers(2**32, size=self.count).tolist(), strict=True))
+        random = np.random.default_rng((self.config.seed, self.epoch))
+        stage = self.stages[len(self.stages) * self.epoch // self.config.train.epochs]
+        pool = self._pool(random)
+        if self.config.data.offline:  # every image in every variant
+            pool, variants = np.repeat(pool, len(stage)), np.tile(stage, len(pool))
+        else:
+            variants = random.choice(stage, len(pool))
+        order = random.permutation(len(pool))
+        seeds = random.integers(2**32, size=len(pool))
+        mine = order[ranks().rank :: ranks().world_size][self.done : self.count]
+        drawn = zip(pool[mine].tolist(), variants[mine].tolist(), seeds[mine].tolist(), strict=True)
+        return iter(drawn)
+
+    def _pool(self, random: np.random.Generator) -> npt.NDArray[np.int64]:
+        """The images of an epoch, in no order, rare classes as often as the settings say."""
+        every, counts = np.arange(len(self.labels)), np.bincount(self.labels)
+        if self.config.data.balance == "copies":
+            members = [every[self.labels == label] for label in np.flatnonzero(counts)]
+            return np.concatenate([np.resize(images, counts.max()) for images in members])
+        if self.config.data.balance == "sampler":
+            weights = 1 / counts[self.labels]
+            return random.choice(every, len(every), p=weights / weights.sum())
+        return every
 
 
-def make_loader(dataset: ImageDataset, draws: Draws, ctx: DeviceContext, config: Config) -> Batches:
+def evaluation_draws(
+    count: int, stage: Sequence[int] = (0,), views: int = 1, *, share: Ranks = ONE_PROCESS
+) -> list[Draw]:
+    """Every image once, or in so many random views, the same ones each time it is asked for.
+
+    Processes that share the work all get as many, for some of them can only run in step; the last
+    ones get some image twice, and `tta.probabilities` counts it once.
+    """
+    random = np.random.default_rng(count)
+    images = np.repeat(np.arange(count), views)
+    size = -(-len(images) // share.world_size) * share.world_size
+    variants = random.choice(np.asarray(stage), len(images))
+    seeds = random.integers(2**32, size=len(images))
+    draws = list(zip(images.tolist(), variants.tolist(), seeds.tolist(), strict=True))
+    return (draws * share.world_size)[:size][share.rank :: share.world_size]
+
+
+def make_loader(
+    dataset: ImageDataset, draws: Draws | list[Draw], ctx: DeviceContext, config: Config
+) -> Batches:
     """Batches for the device, in training all of one shape: some devices compile for each.
 
     What is left over at the end of an epoch is not trained on, unless it is all there is.
     """
-    size = config.data.batch_size
+    size = config.data.batch_size // (ranks().world_size if isinstance(draws, Draws) else 1)
     options = ctx.loader_options(
         config.data.workers,
         seed=0,  # a generator of the loader's own, or it would advance the one dropout draws from
         batch_size=size,
-        drop_last=draws.seed is not None and len(draws) >= size,
+        drop_last=isinstance(draws, Draws) and len(draws) >= size,
+        worker_init_fn=start_worker,
     )
     return DataLoader(dataset, sampler=draws, **options)
+
+
+def start_worker(worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
+from timm.layers import create_act_layer  # type: ignore[attr-defined]
+from timm.models import group_parameters, load_state_dict
 from torch import nn
 
 from cv_classification.config import (
     Config,
+    HeadConfig,
     InputError,
     ModelConfig,
     check_config,
@@ -47,12 +51,21 @@ class Classifier(nn.Module):
         logits: torch.Tensor = self.net((images.float() - self.mean) / self.std)
         return logits
 
+    def train(self, mode: bool = True) -> Classifier:
+        """As in torch, but what is frozen stays as in evaluation, statistics of BatchNorm too."""
+        super().train(mode)
+        for module in self.net.modules() if mode else ():
+            needed = [parameter.requires_grad for parameter in module.parameters()]
+            if needed and not any(needed):
+                module.eval()
+        return self
+
 
 def check_model(config: ModelConfig) -> None:
     """Look the model up, without building it.
 
     Raises:
-        InputError: timm has no such model, or there are no such weights.
+        InputError: timm has no such model or weights, or they do not go with `tune`.
     """
     architecture = config.name.partition(".")[0]  # what follows the dot names pretrained weights
     if not timm.is_model(architecture):
@@ -63,6 +76,10 @@ def check_model(config: ModelConfig) -> None:
     # timm would only log that it has none, and train from scratch.
     if config.pretrained and config.weights is None and not timm.is_model_pretrained(config.name):
         raise InputError(f"model.pretrained=true: timm has no weights for {config.name!r}")
+    given = config.pretrained or config.weights is not None
+    if config.tune != "full" and given == (config.tune == "scratch"):  # frozen noise learns nothing
+        way = f"model.tune={config.tune!r} works {'without' if given else 'with'}"
+        raise InputError(f"{way} model.pretrained=true or model.weights")
 
 
 def build_model(config: ModelConfig, classes: int, *, weights: bool = True) -> Classifier:
@@ -72,15 +89,23 @@ def build_model(config: ModelConfig, classes: int, *, weights: bool = True) -> C
         InputError: timm has no such model or weights for it, or the size does not suit it.
     """
     check_model(config)
-    pretrained = weights and (config.pretrained or config.weights is not None)
     options: dict[str, Any] = {"drop_rate": config.drop_rate} if config.drop_rate else {}
-    if pretrained and config.weights is not None:
-        options["pretrained_cfg_overlay"] = {"file": str(config.weights)}
     preset = timm.get_pretrained_cfg(config.name)
     if config.image_size and preset is not None and preset.fixed_input_size:
         options["img_size"] = config.image_size
+    create: Any = partial(timm.create_model, config.name, num_classes=classes, **options)
     try:
-        net = timm.create_model(config.name, pretrained=pretrained, num_classes=classes, **options)
+        net = create(pretrained=weights and config.pretrained and config.weights is None)
+        if weights and config.weights is not None:
+            # timm would pass over whatever a file lacks, unless it has as many classes as wanted.
+            state = load_state_dict(str(config.weights)) | _head(net)
+            overlay = {"state_dict": state, "num_classes": classes, "label_offset": 0}
+            net = create(pretrained=True, pretrained_cfg_overlay=overlay)
+            del net.pretrained_cfg["state_dict"]
+        if config.head.hidden or config.head.dropout:
+            _set_head(net, config.head)
+        if config.tune not in ("full", "scratch"):
+            _freeze(net, config.tune)
         data = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
         size = config.image_size or data["input_size"][-1]
         model = Classifier(net, size, data["mean"], data["std"])
@@ -88,8 +113,42 @@ def build_model(config: ModelConfig, classes: int, *, weights: bool = True) -> C
             model.eval()(torch.zeros(1, 3, size, size))
     # Files, downloads and architectures each fail in their own way.
     except Exception as error:
-        raise InputError(f"model.name={config.name!r} cannot be built so: {error}") from error
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"model.name={config.name!r} cannot be built so: {why}") from error
     return model
+
+
+def _head(net: Any) -> dict[str, torch.Tensor]:
+    """The weights of the classifier, as timm names it: what it makes anew for other classes."""
+    name = net.pretrained_cfg["classifier"]  # some have several, in a tuple
+    return {key: value for key, value in net.state_dict().items() if key.startswith(name)}
+
+
+def _set_head(net: Any, config: HeadConfig) -> None:
+    name = net.pretrained_cfg["classifier"]
+    old = net.get_submodule(name) if isinstance(name, str) else None
+    if not isinstance(old, nn.Linear):
+        raise ValueError("model.head replaces a single linear classifier, which it has not")
+    width = config.hidden or old.in_features
+    hidden = [nn.Linear(old.in_features, width), create_act_layer(config.activation)]
+    last = [nn.Dropout(config.dropout), nn.Linear(width, old.out_features)]
+    parent, _, attribute = name.rpartition(".")
+    head = nn.Sequential(*(hidden if config.hidden else []), *last)
+    setattr(net.get_submodule(parent), attribute, head)
+
+
+def _freeze(net: Any, tune: str | int) -> None:
+    """Freeze all but the head and the last `tune` stages, of which the stem is the first."""
+    trained = set(_head(net))
+    if isinstance(tune, int):
+        matcher: Any = getattr(net, "group_matcher", lambda coarse: {})  # a few have none
+        # In the order of the network; the last group is all that follows the stages.
+        *stages, end = group_parameters(net, matcher(coarse=True)).values()
+        if tune > len(stages):
+            raise ValueError(f"model.tune={tune}: it has {len(stages)} stages that timm can tell")
+        trained.update(end, *stages[-tune:])
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in trained)
 
 
 class Trained(NamedTuple):
@@ -103,13 +162,12 @@ class Trained(NamedTuple):
     path: Path
 
 
-def describe(trained: Trained) -> dict[str, Any]:
-    """The part of a checkpoint that `load_trained` needs."""
+def describe(config: Config, classes: Classes, split: str) -> dict[str, Any]:
+    """The part of a checkpoint that `load_trained` needs besides the weights, as "model"."""
     return {
-        "model": trained.model.state_dict(),
-        "config": trained.config.model_dump(mode="json"),
-        "classes": list(trained.classes),
-        "split": trained.split,
+        "config": config.model_dump(mode="json"),
+        "classes": list(classes),
+        "split": split,
     }
 
 
@@ -127,20 +185,22 @@ def read_state(path: Path, *more: str) -> dict[str, Any]:
     return state
 
 
-def load_trained(path: Path, overrides: Sequence[str]) -> Trained:
-    """The model of a checkpoint, or of the best one in a run's folder.
+def load_trained(path: Path, overrides: Sequence[str] = ()) -> list[Trained]:
+    """The model of a checkpoint; or the best one in a run's folder, or in each of its folds'.
 
     Raises:
         InputError: the checkpoint is not of this program, or an override would change the model.
         CheckpointError: it is missing, damaged, or not safe to load.
     """
-    found = path / "best.pt" if path.is_dir() else path
-    state = read_state(found)
-    config = override_runtime(check_config(state["config"], str(found)), overrides)
+    if path.is_dir():
+        found = sorted(path.glob("fold*/best.pt")) or [path / "best.pt"]
+        return [one for checkpoint in found for one in load_trained(checkpoint, overrides)]
+    state = read_state(path)
+    config = override_runtime(check_config(state["config"], str(path)), overrides)
     targets, names = state["classes"]
     model = build_model(config.model, len(targets), weights=False)
-    load_weights(model, state["model"], found)
-    return Trained(model, config, Classes(tuple(targets), tuple(names)), state["split"], found)
+    load_weights(model, state["model"], path)
+    return [Trained(model, config, Classes(tuple(targets), tuple(names)), state["split"], path)]
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
@@ -154,3 +214,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], path: Path) -> No
     except (RuntimeError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{str(path)!r} is of another model or other classes: {why}") from error
+    # Some architectures, such as LeViT, keep what they computed of old weights until then.
+    mode = model.training
+    model.train(not mode).train(mode)

@@ -2,211 +2,275 @@
 
 from __future__ import annotations
 
-import json
 import math
+import signal
 import time
+from pathlib import Path
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
-from timm.scheduler.scheduler import Scheduler
-from timm.scheduler.scheduler_factory import create_scheduler_v2
-from torch.nn import functional as F
+from timm.data.mixup import Mixup
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
 from tqdm import tqdm
 
+from cv_classification import parallel
 from cv_classification.augment import Transform, find_preset
-from cv_classification.config import Config, InputError, check_folder, check_same_run, nearest
-from cv_classification.data import write_text
-from cv_classification.evaluate import measure
-from cv_classification.images import Batches, Draws, ImageDataset, make_loader, read_split
-from cv_classification.model import (
-    Classifier,
-    Trained,
-    build_model,
-    check_model,
-    describe,
-    load_weights,
-    read_state,
+from cv_classification.config import Config, InputError, check_folder
+from cv_classification.evaluate import picture
+from cv_classification.images import (
+    Batches,
+    Draws,
+    ImageDataset,
+    evaluation_draws,
+    make_loader,
+    read_split,
 )
-from cv_classification.tta import probabilities
-from portable_amp import (
-    DeviceContext,
-    ScalerShim,
-    ranks,
-    rng_state,
-    save_checkpoint,
-    seed_everything,
-    set_rng_state,
-)
-
-Row = dict[str, float]
-"""One epoch in numbers, as metrics.jsonl has it."""
+from cv_classification.interrupt import Interruptions
+from cv_classification.metrics import measure
+from cv_classification.model import build_model, check_model, load_trained
+from cv_classification.optimize import check_optimize, make_loss, make_optimizer, make_schedule
+from cv_classification.run import ADVICE, Run
+from cv_classification.tracking import Row, Tracker, check_tracking
+from cv_classification.tta import predict_samples, probabilities
+from portable_amp import DeviceContext, ranks, seed_everything, split_on_oom
 
 
 def train(
-    config: Config, *, resume: bool = False, skip_bad: bool = False, explain: bool = False
-) -> Trained:
-    """Train, and return the best epoch's model; checkpoints and metrics lie in `config.output`.
+    config: Config, *, resume: str = "", skip_bad: bool = False, explain: bool = False
+) -> Path:
+    """Train, one model for each fold; return the folder that holds checkpoints, metrics, report.
 
-    `resume` goes on after that folder's last whole epoch, as if never interrupted; `skip_bad`
-    leaves out images that cannot be read; `explain` says why the device is used as it is.
+    `resume` goes on from the last checkpoint, as if never interrupted: "auto" where there is one,
+    "always" must find it; `skip_bad` leaves out images that cannot be read; `explain` says why the
+    device is used as it is.
 
     Raises:
         InputError: settings or data cannot be used, and nothing was written; or the loss is NaN.
         PortableAmpError: there is no such device or precision, or a checkpoint is unreadable.
+        Interrupted: by Ctrl-C or SIGTERM; what was done is saved.
     """
-    ctx = check(config, resume=resume)
-    print(ctx.explain() if explain else ctx.summary())
-    last, best = config.output / "last.pt", config.output / "best.pt"
-    state = read_state(last, "optimizer", "history") if resume else {}
-    if resume:
-        check_same_run(state["config"], config)
-    data = read_split(config, skip_bad=skip_bad)
-    if resume and state["split"] != data.digest:
-        raise InputError(f"{config.data.path} has changed since {str(last)!r} was written")
-    print(f"{len(data.train)} images to train on, {len(data.validation)} to validate")
+    ctx = parallel.join(check(config, resume=resume), config)
+    try:
+        tell(ctx.explain() if explain else ctx.summary())
+        for one in folds(config):
+            train_one(one, ctx, resume=resume, skip_bad=skip_bad)
+    finally:
+        parallel.leave()
+    return config.output
 
+
+def folds(config: Config) -> list[Config]:
+    """The runs that a config asks for: itself, or one for each fold, in a folder of its own."""
+    if config.data.folds is None or config.data.fold is not None:
+        return [config]
+    return [
+        config.model_copy(
+            update={
+                "output": config.output / f"fold{fold}",
+                "data": config.data.model_copy(update={"fold": fold}),
+            }
+        )
+        for fold in range(config.data.folds)
+    ]
+
+
+def train_one(config: Config, ctx: DeviceContext, *, resume: str, skip_bad: bool) -> None:
+    """Train one model from beginning, or checkpoint, to end; see `train`."""
+    data = read_split(config, skip_bad=skip_bad)
+    tell(f"{len(data.train)} images to train on, {len(data.validation)} to validate")
     seed_everything(config.seed)
     model = ctx.to(build_model(config.model, len(data.classes.names)))
-    preset = find_preset(config.data.preset)
-    augmented = ImageDataset(data.train, Transform(preset, model.size, training=True))
-    plain = ImageDataset(data.validation, Transform(preset, model.size, training=False))
-    draws = Draws(len(data.train), config.seed)
-    batches = make_loader(augmented, draws, ctx, config)
-    held_out = make_loader(plain, Draws(len(data.validation)), ctx, config)
-    labels = [sample.label for sample in data.validation]
-    optimizer = create_optimizer_v2(
-        model.net,  # the bare network, whose no_weight_decay() the factory asks
-        opt=config.train.optimizer,
-        lr=config.train.lr,
-        weight_decay=config.train.weight_decay,
+    transform = Transform(find_preset(config.data.preset), model.size)
+    stages = transform.stages or ((0,),)
+    labels = [sample.label for sample in data.train]
+    draws = Draws(labels, stages, config)
+    batches = make_loader(ImageDataset(data.train, transform), draws, ctx, config)
+    views = config.train.validation_views
+    held_out = make_loader(
+        ImageDataset(data.validation, transform),
+        evaluation_draws(
+            len(data.validation), stages[-1] if views > 1 else (0,), views, share=ranks()
+        ),
+        ctx,
+        config,
     )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.train.schedule,
-        num_epochs=config.train.epochs,
-        warmup_epochs=config.train.warmup_epochs,
-        warmup_lr=config.train.lr / 100,
-        decay_rate=1.0,
-        step_on_epochs=False,
-        updates_per_epoch=math.ceil(len(batches) / config.train.accumulate),
-    )
-    scaler = ctx.scaler()
-    history: list[Row] = []
-    if resume:
-        load_weights(model, state["model"], last)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        scaler.load_state_dict(state["scaler"])
-        set_rng_state(state["rng"])
-        history = state["history"]
+    net = parallel.spread(model, ctx, config)
+    optimizer = make_optimizer(model, config.train)
+    updates = math.ceil(len(batches) / config.train.accumulate)
+    schedule = make_schedule(optimizer, config.train, updates)
+    ema = ModelEmaV3(model, decay=config.train.ema) if config.train.ema else None
+    criterion = ctx.to(make_loss(config.train, labels, len(data.classes.names)))
+    run = Run(config, ctx, data, model, net, optimizer, schedule, ctx.scaler(), criterion, ema)
+    seed_everything(config.seed + ranks().rank)  # dropout and mixup differ between processes
+    last = config.output / "last.pt"
+    if resume == "always" or (resume == "auto" and last.exists()):
+        run.load(last)
 
-    trained = Trained(model, config, data.classes, data.digest, best)
-    config.output.mkdir(parents=True, exist_ok=True)
-    for epoch in range(len(history), config.train.epochs):
-        stale = stale_epochs(history, config.train.monitor)
-        if stale >= (config.train.patience or math.inf):
-            print(f"stopped early, {stale} epochs after the best")
-            break
-        began = time.perf_counter()
-        draws.epoch = epoch
-        updates = int(history[-1]["updates"]) if history else 0
-        loss, updates = train_epoch(
-            model, batches, optimizer, scheduler, updates, scaler, ctx, config
-        )
-        row = {"epoch": epoch, "updates": updates, "lr": optimizer.param_groups[0]["lr"]}
-        row |= {"loss": loss, **measure(probabilities(model, held_out, ctx), labels)}
-        history.append({**row, "seconds": time.perf_counter() - began})
-        # The best first: a run interrupted between the two repeats this epoch when resumed.
-        if stale_epochs(history, config.train.monitor) == 0:
-            save_checkpoint(best, describe(trained))
-        state = {
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "scaler": scaler.state_dict(),
-            "rng": rng_state(),
-            "history": history,
-        }
-        save_checkpoint(last, {**describe(trained), **state})
-        lines = [json.JSONEncoder().encode(row) + "\n" for row in history]
-        write_text(config.output / "metrics.jsonl", "".join(lines))
-        print(", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
-        ctx.clear_cache(min_pressure=0.9)
+    progress, settings = run.progress, config.train
+    if ranks().is_main:
+        config.output.mkdir(parents=True, exist_ok=True)
+        for left in config.output.glob(".*.tmp"):  # by a process that was killed while writing
+            left.unlink()
+    tracker = Tracker(config, len(progress.history)) if ranks().is_main else None
+    with Interruptions() as interruptions:
+        while progress.epoch < settings.epochs:
+            stale = stale_epochs(progress.history, settings.monitor)
+            if stale >= (settings.patience or math.inf):
+                tell(f"stopped early, {stale} epochs after the best")
+                break
+            began = time.perf_counter()
+            draws.epoch = progress.epoch
+            draws.done = progress.batches * (batches.batch_size or 1)
+            interruptions.hold = True
+            train_epoch(run, batches, interruptions)
+            run.save()
+            interruptions.release()  # what follows is only repeated when resumed
+            probs = probabilities(run.judged, held_out, ctx, together=True)
+            row: Row = {"epoch": progress.epoch, "updates": progress.updates}
+            row |= {"lr": optimizer.param_groups[0]["lr"]}
+            row |= {"loss": progress.loss / max(progress.finite, 1)}
+            row |= measure(probs, [sample.label for sample in data.validation])
+            progress.history.append({**row, "seconds": time.perf_counter() - began})
+            schedule.end_epoch(score(row, settings.monitor))
+            progress.epoch, progress.batches = progress.epoch + 1, 0
+            progress.loss, progress.finite = 0.0, 0
+            # The best first: a run killed between the two repeats the validation when resumed.
+            if stale_epochs(progress.history, settings.monitor) == 0:
+                run.save("best.pt", best=True)
+            if tracker:
+                tracker.log(progress.history)
+            run.save()
+            tell(", ".join(f"{name} {value:.4g}" for name, value in progress.history[-1].items()))
+            ctx.clear_cache(min_pressure=0.9)
+    if tracker:
+        tracker.close()
+        best = load_trained(config.output)
+        probs = predict_samples(best, data.validation, ctx, tta=False)
+        about = f"the best epoch, on {len(data.validation)} validation images"
+        picture(config.output / "report.html", best, data.validation, probs, about)
 
-    load_weights(model, read_state(best)["model"], best)
-    return trained
 
-
-def train_epoch(
-    model: Classifier,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Scheduler,
-    updates: int,
-    scaler: ScalerShim,
-    ctx: DeviceContext,
-    config: Config,
-) -> tuple[float, int]:
-    """One pass over the data -> its mean loss, and the optimizer's updates so far.
+def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> None:
+    """What is left of an epoch: forward, backward, one optimizer step per group of batches.
 
     Raises:
-        InputError: the loss is not finite any more.
+        InputError: the loss stays infinite or NaN.
+        Interrupted: after a step, and saved.
     """
-    settings = config.train
-    model.train()
-    total = torch.zeros((), device=ctx.device)
-    for index, batch in enumerate(tqdm(batches, desc="train", leave=False, disable=None)):
-        images, labels = ctx.to(batch)
-        with ctx.autocast():
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
-        total += loss.detach()  # on the device: reading it here would wait for every step
-
-        # Batches are all of one size, so each counts the same in its group; the last group of an
-        # epoch may be short.
-        first = index - index % settings.accumulate
-        group = min(settings.accumulate, len(batches) - first)
-        if index + 1 < first + group:
-            scaler.scale(loss / group).backward()
+    ctx, net, progress, settings = run.ctx, run.net, run.progress, run.config.train
+    mix = make_mixup(run.config, len(run.data.classes.names))
+    net.train()
+    loss: torch.Tensor | float = 0.0
+    names: list[int] = []
+    first = progress.batches
+    shown = tqdm(batches, desc="train", leave=False, disable=None if ranks().is_main else True)
+    for index, (images, labels, indexes) in enumerate(shown, first):
+        # The last group of an epoch may be short.
+        start = index - index % settings.accumulate
+        run.group = min(settings.accumulate, len(batches) - start)
+        batch = ctx.to((images, labels))
+        if mix:
+            batch = mix(batch[0].float(), batch[1])
+        parts = split_on_oom(run.forward_backward, batch, parameters=net.parameters())
+        loss, names = loss + sum(parts), [*names, *indexes.tolist()]
+        if index + 1 < start + run.group:
             continue
-        result = scaler.backward_step(loss / group, optimizer, max_norm=settings.max_norm)
-        if result.stepped:
-            updates += 1
-            scheduler.step_update(updates)
-    mean = float(total / len(batches))
-    # With a scaler a step may overflow and be skipped; without one the weights are lost.
-    if not math.isfinite(mean) and not scaler.is_enabled():
-        raise InputError(
-            f"train.lr={settings.lr}: the loss has become {mean}; a smaller one, or "
-            "train.max_norm=1, may keep it finite"
+
+        world, stop = ranks().world_size, bool(interruptions.asked)
+        everywhere, asked = parallel.total(loss / world, float(stop), device=ctx.device)
+        if take_step(run, everywhere, names):
+            progress.updates += 1
+            run.schedule.step(progress.updates)
+            if run.ema:
+                run.ema.update(run.model)
+        loss, names, progress.batches = 0.0, [], index + 1
+        if asked or (settings.save_every and progress.updates % settings.save_every == 0):
+            run.save()
+        if asked:
+            interruptions.release(signal.SIGTERM)
+
+
+def take_step(run: Run, loss: float, names: list[int]) -> bool:
+    """One optimizer step, if the loss is finite, and the scaler finds the gradients so.
+
+    Raises:
+        InputError: it was not finite too many times in a row.
+    """
+    progress, settings, scaler = run.progress, run.config.train, run.scaler
+    if math.isfinite(loss):
+        progress.loss, progress.finite, progress.lost = progress.loss + loss, progress.finite + 1, 0
+    else:
+        progress.lost += 1
+        files = ", ".join(run.data.train[name].path.name for name in names[:8])
+        tell(
+            f"loss {loss} after {progress.updates} updates, scale {scaler.get_scale():g}, "
+            f"of {files}{', ...' if len(names) > 8 else ''}"
         )
-    return mean, updates
+        if progress.lost >= settings.give_up_after:
+            raise InputError(
+                f"train.lr={settings.lr}: the loss was not finite {progress.lost} times in a row, "
+                f"and the last good checkpoint is kept; {ADVICE}"
+            )
+        if not scaler.is_enabled():  # an enabled one finds it by itself, and lowers the scale
+            run.optimizer.zero_grad()
+            return False
+    if settings.max_norm is not None:
+        scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.net.parameters(), settings.max_norm)
+    scaler.step(run.optimizer)
+    scaler.update()
+    run.optimizer.zero_grad()
+    return scaler.last_step is not None and scaler.last_step.stepped
+
+
+def make_mixup(config: Config, classes: int) -> Mixup | None:
+    """Mixup and cutmix of timm, if asked for: images (N, ...) float, labels (N,) -> both mixed."""
+    if not config.data.mixup and not config.data.cutmix:
+        return None
+    return Mixup(  # type: ignore[no-untyped-call]
+        config.data.mixup, config.data.cutmix, label_smoothing=0.0, num_classes=classes
+    )
+
+
+def score(row: Row, monitor: str) -> float:
+    """What is monitored, higher is better."""
+    return -row[monitor] if monitor == "log_loss" else row[monitor]
 
 
 def stale_epochs(history: list[Row], monitor: str) -> int:
     """How many epochs ago the best one was: by what is monitored, then by log loss."""
-    sign = -1 if monitor == "log_loss" else 1
-    scores = [(sign * row[monitor], -row["log_loss"]) for row in history]
+    scores = [(score(row, monitor), -row["log_loss"]) for row in history]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
-def check(config: Config, *, resume: bool = False) -> DeviceContext:
+def tell(text: str) -> None:
+    """Print it once, however many processes there are."""
+    if ranks().is_main:
+        print(text, flush=True)
+
+
+def check(config: Config, *, resume: str = "") -> DeviceContext:
     """Find what is wrong with the settings before anything slow is done, or anything written.
 
     Raises:
-        InputError: a name is unknown, or the output is in the way.
+        InputError: a name is unknown, settings contradict each other, or the output is in the way.
         PortableAmpError: there is no such device or precision.
     """
-    if ranks().world_size > 1:
-        raise InputError("this example trains in one process; start it without torchrun")
     ctx = DeviceContext(config.device, precision=config.precision)
-    find_preset(config.data.preset)
+    data, settings = config.data, config.train
+    find_preset(data.preset)
     check_model(config.model)
-    optimizers = [str(name) for name in list_optimizers()]
-    if config.train.optimizer not in optimizers:
-        hint = nearest(config.train.optimizer, optimizers)
-        raise InputError(f"train.optimizer={config.train.optimizer!r} is none of timm; {hint}")
+    check_optimize(settings)
+    check_tracking(config)
     check_folder(config.output)
-    if not resume and (config.output / "last.pt").exists():
+    if (data.mixup or data.cutmix) and data.batch_size // ranks().world_size % 2:
+        raise InputError(f"data.batch_size={data.batch_size}: mixup and cutmix pair images; even")
+    if data.fold is not None and data.fold >= (data.folds or 0):
+        raise InputError(f"data.fold={data.fold}: data.folds={data.folds} has no such fold")
+    if settings.ema and settings.sharded:
+        raise InputError("train.ema and train.sharded: an average of shards is not supported")
+    held = [one.output / "last.pt" for one in folds(config)]
+    if not resume and any(path.exists() for path in held):
         raise InputError(
             f"{str(config.output)!r} already holds a run; --resume goes on with it, output=... "
             "begins another"

@@ -10,14 +10,22 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
 from cv_classification.augment import Transform, find_preset
 from cv_classification.config import InputError, check_folder
 from cv_classification.data import COLUMNS, Sample, read_rows, read_unlabelled, write_table
-from cv_classification.images import Batches, Draws, ImageDataset, check_images, make_loader
+from cv_classification.images import (
+    Batches,
+    ImageDataset,
+    check_images,
+    evaluation_draws,
+    make_loader,
+)
 from cv_classification.model import Trained, load_trained
-from portable_amp import DeviceContext
+from cv_classification.parallel import gather
+from portable_amp import DeviceContext, split_on_oom
 
 
 def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
@@ -53,28 +61,70 @@ def merge(logits: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def probabilities(
-    model: nn.Module, batches: Batches, ctx: DeviceContext, views: Sequence[str] = ("identity",)
+    model: nn.Module,
+    batches: Batches,
+    ctx: DeviceContext,
+    views: Sequence[str] = ("identity",),
+    *,
+    passes: int = 0,
+    together: bool = False,
 ) -> torch.Tensor:
-    """Probabilities (N, C) float32 on the CPU, for the loader's images in its order."""
+    """Probabilities (N, C) float32 on the CPU, by the index of the sample.
+
+    The mean over `views`, over the random views that the loader draws of a sample, and over so many
+    `passes` with dropout; `together` with the other processes, each of which has its share.
+
+    Raises:
+        InputError: passes are asked for, and the model has no dropout.
+    """
     model.eval()
-    merged = []
-    for images, _ in tqdm(batches, desc="predict", leave=False, disable=None):
-        stacked = stack_views(ctx.to(images), views)
-        with ctx.autocast():
-            logits = model(stacked.flatten(0, 1))
-        merged.append(merge(logits.unflatten(0, stacked.shape[:2])))
-    return torch.cat(merged).cpu()  # the only wait for the device
+    if passes:
+        dropouts = [one for one in model.modules() if isinstance(one, _DropoutNd) and one.p > 0]
+        for dropout in dropouts:
+            dropout.train()
+        if not dropouts:
+            raise InputError(f"--mc-dropout {passes}: the model has no layer that drops anything")
+
+    def look(images: torch.Tensor, weight: float) -> torch.Tensor:
+        stacked = stack_views(images, views)
+        seen = torch.zeros((), device=ctx.device)
+        for _ in range(passes or 1):
+            with ctx.autocast():
+                logits = model(stacked.flatten(0, 1))
+            seen = seen + merge(logits.unflatten(0, stacked.shape[:2]))
+        return seen / (passes or 1)
+
+    indexes, merged = [], []
+    for images, _, index in tqdm(batches, desc="predict", leave=False, disable=None):
+        indexes.append(index)
+        merged += split_on_oom(look, ctx.to(images))
+    model.eval()
+    # The only wait for the device.
+    mine = torch.cat(indexes), torch.cat(merged).cpu()
+    parts = gather(mine) if together else [mine]
+    places, probs = (torch.cat(column) for column in zip(*parts, strict=True))
+    count = int(places.max()) + 1
+    sums = torch.zeros(count, probs.shape[1]).index_add_(0, places, probs)
+    return sums / torch.bincount(places, minlength=count)[:, None]
 
 
 def predict_samples(
-    trained: Trained, samples: Sequence[Sample], ctx: DeviceContext, *, tta: bool
+    trained: Sequence[Trained],
+    samples: Sequence[Sample],
+    ctx: DeviceContext,
+    *,
+    tta: bool,
+    passes: int = 0,
 ) -> torch.Tensor:
-    """Probabilities (N, C) float32 of a trained model, in the order of the samples."""
-    preset = find_preset(trained.config.data.preset)
-    dataset = ImageDataset(samples, Transform(preset, trained.model.size, training=False))
-    batches = make_loader(dataset, Draws(len(samples)), ctx, trained.config)
-    views = preset.views if tta else ("identity",)
-    return probabilities(ctx.to(trained.model), batches, ctx, views)
+    """Probabilities (N, C) float32 in the order of the samples, the mean over the models."""
+    found = []
+    for one in trained:
+        preset = find_preset(one.config.data.preset)
+        dataset = ImageDataset(samples, Transform(preset, one.model.size))
+        batches = make_loader(dataset, evaluation_draws(len(samples)), ctx, one.config)
+        views = preset.views if tta else ("identity",)
+        found.append(probabilities(ctx.to(one.model), batches, ctx, views, passes=passes))
+    return torch.stack(found).mean(0)
 
 
 def predict(
@@ -84,28 +134,33 @@ def predict(
     data: Path | None = None,
     output: Path | None = None,
     tta: bool = True,
+    mc_dropout: int = 0,
     explain: bool = False,
 ) -> Path:
     """Write submission.csv for the images of sample_submission.csv, and return its path.
 
     `data` is the folder with sample_submission.csv and test/, or with images only: unless told, the
-    one trained on. `output` is submission.csv beside the checkpoint, unless told.
+    one trained on. `output` is submission.csv beside the checkpoint, unless told. The folds of a
+    run predict together.
 
     Raises:
         InputError: checkpoint or data cannot be used; nothing was written.
         PortableAmpError: the checkpoint is unreadable, or there is no such device.
     """
     trained = load_trained(checkpoint, overrides)
-    ctx = DeviceContext(trained.config.device, precision=trained.config.precision)
+    first = trained[0]
+    ctx = DeviceContext(first.config.device, precision=first.config.precision)
     print(ctx.explain() if explain else ctx.summary())
-    submission = output or trained.path.parent / "submission.csv"
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    submission = output or folder / "submission.csv"
     if submission.is_dir():
         raise InputError(f"the output {str(submission)!r} is a folder; name a file")
     check_folder(submission.parent)
-    samples = check_images(read_unlabelled(data or trained.config.data.path))
-    guesses = predict_samples(trained, samples, ctx, tta=tta).argmax(1).tolist()
-    targets = trained.classes.targets
-    rows = [(one.id, targets[guess]) for one, guess in zip(samples, guesses, strict=True)]
+    samples = check_images(read_unlabelled(data or first.config.data.path))
+    probs = predict_samples(trained, samples, ctx, tta=tta, passes=mc_dropout)
+    targets = first.classes.targets
+    guesses = [targets[guess] for guess in probs.argmax(1).tolist()]
+    rows = [(one.id, guess) for one, guess in zip(samples, guesses, strict=True)]
     submission.parent.mkdir(parents=True, exist_ok=True)
     write_table(submission, COLUMNS, rows, lambda file: check_submission(file, samples, targets))
     print(f"{len(rows)} predictions: {submission}")

@@ -136,11 +136,38 @@ CASES = {
     ),
     "unknown preset": Case(f"{TRAIN} data.preset=digit", "is no preset; did you mean 'digits'?"),
     "unknown optimizer": Case(f"{TRAIN} train.optimizer=adamv", "did you mean 'adam"),
-    "unknown schedule": Case(f"{TRAIN} train.schedule=cosin", "should be 'cosine'"),
+    "unknown schedule": Case(f"{TRAIN} train.schedule=cosin", "did you mean 'cosine'?"),
     "unknown key": Case(
         f"{TRAIN} train.epoch=3", "no setting 'train.epoch'; did you mean 'epochs'"
     ),
-    "unknown section": Case(f"{TRAIN} trian.epochs=3", "no setting 'trian'; did you mean 'train'?"),
+    "unknown section": Case(f"{TRAIN} trian.epochs=3", "no setting 'trian'; did you mean 'train'"),
+    "unknown part to train": Case(f"{TRAIN} model.tune=tail", "model.tune='tail'"),
+    "head of nothing": Case(f"{TRAIN} model.tune=head", "model.tune='head'"),
+    "unknown key of the head": Case(
+        f"{TRAIN} model.head.hiden=4", "no setting 'model.head.hiden'; did you mean 'hidden'"
+    ),
+    "one fold": Case(f"{TRAIN} data.folds=1", "data.folds=1"),
+    "a fold of none": Case(f"{TRAIN} data.fold=0", "data.folds=None has no such fold"),
+    "a fold too many": Case(f"{TRAIN} data.folds=3 data.fold=3", "data.folds=3 has no such fold"),
+    "more folds than images": Case(f"{TRAIN} data.folds=9", "has 8 images; 9 work"),
+    "unknown tracker": Case(f"{TRAIN} tracking=[mlflow]", "tracking.0='mlflow'"),
+    "odd batch to mix": Case(
+        f"{TRAIN} data.mixup=0.2 data.batch_size=5", "data.batch_size=5: mixup and cutmix"
+    ),
+    "shards of one process": Case(f"{TRAIN} train.sharded=true", "nobody to share with"),
+    "shards of an average": Case(
+        f"{TRAIN} train.sharded=true train.ema=0.9", "train.ema and train.sharded"
+    ),
+    "options of no schedule": Case(
+        f"{TRAIN} train.schedule=onecycle train.schedule_options.speed=3", "unexpected keyword"
+    ),
+    "optimizer for another loop": Case(f"{TRAIN} train.optimizer=LBFGS", "LBFGS"),
+    "dropout where there is none": Case(f"{PREDICT} --mc-dropout 3", "no layer that drops"),
+    "resume what": Case(f"{TRAIN} --resume=perhaps", "invalid choice: 'perhaps'"),
+    "resumed with other settings": Case(
+        f"{TRAIN} output={{root}}/run --resume auto train.lr=3", "the run to resume has"
+    ),
+    "report of nothing": Case("report {root}/data", "there is no checkpoint"),
     "a setting in a value": Case(f"{TRAIN} seed=3 seed.x=1", "'seed' is a value"),
     "word for a number": Case(f"{TRAIN} train.epochs=many", "train.epochs='many'"),
     "truth for a number": Case(f"{TRAIN} train.epochs=true", "train.epochs=True"),
@@ -185,7 +212,7 @@ CASES = {
         "data/train.csv", "0.png,3", "0.png,4")),
     "meta twice": Case(TRAIN, "meta.csv, line 3: the target 3 is there twice", edit(
         "data/meta.csv", "5,grey", "3,grey")),
-    "one image of a class": Case(TRAIN, "class 'bright' has one image", one_image_of_a_class),
+    "one image of a class": Case(TRAIN, "'bright' has 1 images; 2 work", one_image_of_a_class),
     "too little to divide": Case(f"{TRAIN} data.validation=0.01", "data.validation=0.01"),
     # Images.
     "image missing": Case(TRAIN, "no such file", remove(FIRST)),
@@ -219,7 +246,7 @@ CASES = {
     "run without checkpoints": Case("predict {root}/data", "there is no checkpoint"),
     "nothing to resume": Case(f"{TRAIN} --resume", "there is no checkpoint"),
     "nothing to resume from": Case(
-        f"{TRAIN} output={{root}}/run --resume", "has no 'history'",
+        f"{TRAIN} output={{root}}/run --resume", "has no 'optimizer'",
         lambda root: shutil.copy(root / "run/best.pt", root / "run/last.pt"),
     ),
     "truncated checkpoint": Case(EVALUATE, "truncated, damaged", truncate("run/best.pt")),

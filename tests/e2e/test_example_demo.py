@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import cv_classification.demo as demonstration
+import cv_classification.documents as writing
 from cv_classification.__main__ import main
 from cv_classification.config import InputError
 from cv_classification.data import read_rows
@@ -23,9 +23,13 @@ def test_the_demo_reaches_its_mark(tmp_path: Path, capsys: pytest.CaptureFixture
     assert score >= 0.99
     data, submission = out / "data", out / "run1" / "submission.csv"
     assert score == pytest.approx(score_submission(submission, data / "answers.csv"), abs=1e-4)
-    for path in (data, out / "run1/best.pt", out / "run1/metrics.jsonl", submission):
+    names = ("best.pt", "metrics.jsonl", "report.html", "submission.csv")
+    for path in (data, *(out / "run1" / name for name in names)):
         assert path.exists()
-        assert any(str(path) in line for line in said[-5:])
+        assert any(str(path) in line for line in said[-7:])
+    plain = float(said[-2].removeprefix("macro F1 without views: "))
+    without = score_submission(out / "run1/submission-without-tta.csv", data / "answers.csv")
+    assert plain == pytest.approx(without, abs=1e-4)
 
     sample = [name for name, _ in read_rows(data / "sample_submission.csv")]
     assert [name for name, _ in read_rows(submission)] == sample
@@ -54,7 +58,7 @@ def test_interrupted_data_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demonstration, "write_table", interrupt)
+        patch.setattr(writing, "write_table", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_digits(tmp_path / "data")
     assert list(tmp_path.iterdir()) == []

@@ -10,13 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cv_classification.augment import PRESETS, Transform
-from cv_classification.config import Config, DataConfig, InputError
+from cv_classification.augment import PRESETS, Transform, find_preset
+from cv_classification.config import Config, DataConfig, InputError, TrainConfig
 from cv_classification.data import Sample
-from cv_classification.images import Draws, ImageDataset, check_images, make_loader, read_image
+from cv_classification.images import (
+    Draws,
+    ImageDataset,
+    check_images,
+    evaluation_draws,
+    make_loader,
+    read_image,
+)
 from cv_classification.tta import VIEWS, merge, probabilities, rotate, stack_views
 from portable_amp import DeviceContext
 
@@ -76,21 +84,24 @@ def gradient(tmp_path: Path) -> Sample:
 
 
 def views_seen(loader: Any) -> list[bytes]:
-    return [image.numpy().tobytes() for images, _ in loader for image in images]
+    return [image.numpy().tobytes() for images, _, _ in loader for image in images]
 
 
+@pytest.mark.parametrize("offline", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("preset", ["digits", "documents"])
-def test_no_image_is_augmented_twice_alike(preset: str, workers: int, tmp_path: Path) -> None:
+def test_no_image_is_augmented_twice_alike(
+    preset: str, workers: int, offline: bool, tmp_path: Path
+) -> None:
     """One picture, twelve times an epoch: all differ, over workers and over epochs."""
 
     def run() -> list[list[bytes]]:
-        dataset = ImageDataset(
-            [gradient(tmp_path)] * 12, Transform(PRESETS[preset], 24, training=True)
-        )
-        draws = Draws(12, seed=5)
-        config = Config(data=DataConfig(batch_size=3, workers=workers))
-        loader = make_loader(dataset, draws, CPU, config)
+        transform = Transform(find_preset(preset), 24)
+        dataset = ImageDataset([gradient(tmp_path)] * 12, transform)
+        chosen = DataConfig(batch_size=3, workers=workers, offline=offline)
+        config = Config(seed=5, data=chosen, train=TrainConfig(epochs=2))
+        stages = transform.stages[-1:]  # the weakest one's flips give only eight pictures
+        loader = make_loader(dataset, (draws := Draws([0] * 12, stages, config)), CPU, config)
         assert loader.persistent_workers == (workers > 0)
         epochs = []
         for draws.epoch in range(2):
@@ -98,7 +109,9 @@ def test_no_image_is_augmented_twice_alike(preset: str, workers: int, tmp_path: 
         return epochs
 
     first, second = run()
-    assert len(set(first + second)) == 24
+    times = len(Transform(find_preset(preset), 24).stages[-1]) if offline else 1
+    assert len(first) == len(second) == 12 * times
+    assert len(set(first + second)) == 24 * times
     assert run() == [first, second]
 
 
@@ -107,71 +120,112 @@ def test_workers_without_seeded_draws_differ_too(tmp_path: Path) -> None:
 
     class Plain(ImageDataset):
         def __getitem__(self, index: Any) -> Any:
-            return torch.from_numpy(self.transform(read_image(self.samples[index].path)))
+            return torch.from_numpy(self.transform(read_image(self.samples[index].path), 1))
 
         def __len__(self) -> int:
             return len(self.samples)
 
-    dataset = Plain([gradient(tmp_path)] * 8, Transform(PRESETS["digits"], 24, training=True))
+    dataset = Plain([gradient(tmp_path)] * 8, Transform(find_preset("digits"), 24))
     dataset.set_random_seed(0)
     loader: Any = DataLoader(dataset, **CPU.loader_options(2, seed=1))
     seen = [image.numpy().tobytes() for _ in range(2) for image in loader]
     assert len(set(seen)) == 16
 
 
-def test_transforms_do_not_toss_the_same_coin() -> None:
-    """Flips and a transpose give all eight symmetries, each about as often."""
-    flips = tuple(row for row in PRESETS["documents"].train[:3])
-    assert [kind.__name__ for kind, _ in flips] == ["HorizontalFlip", "VerticalFlip", "Transpose"]
-    symmetries = Transform(
-        type(PRESETS["none"])(keep_aspect=False, fill=0, train=flips, views=()), 2, training=True
-    )
-    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    seen: dict[bytes, int] = {}
-    for seed in range(400):
-        symmetries.set_random_seed(seed)
-        view = symmetries(picture).tobytes()
-        seen[view] = seen.get(view, 0) + 1
-    assert len(seen) == 8
-    assert min(seen.values()) > 25
-
-
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["none", "digits", "documents"])
 def test_data_sets_travel_to_spawned_workers(preset: str, tmp_path: Path) -> None:
-    dataset = ImageDataset([gradient(tmp_path)], Transform(PRESETS[preset], 24, training=True))
-    (image, label), (same, _) = dataset[0, 5], pickle.loads(pickle.dumps(dataset))[0, 5]
-    assert torch.equal(image, same)
-    assert label == 0
+    dataset = ImageDataset([gradient(tmp_path)], Transform(find_preset(preset), 24))
+    one, same = dataset[0, 1, 5], pickle.loads(pickle.dumps(dataset))[0, 1, 5]
+    assert torch.equal(one[0], same[0])
+    assert one[1:] == (0, 0)
 
 
 def test_evaluation_draws_nothing_and_keeps_the_order(tmp_path: Path) -> None:
-    assert list(Draws(3)) == [(0, 0), (1, 0), (2, 0)]
-    transform = Transform(PRESETS["documents"], 24, training=False)
+    assert [draw[:2] for draw in evaluation_draws(3)] == [(0, 0), (1, 0), (2, 0)]
     image = read_image(gradient(tmp_path).path)
-    assert np.array_equal(transform(image), image)
+    assert np.array_equal(Transform(find_preset("documents"), 24)(image), image)
+
+
+def test_random_views_of_validation_are_the_same_each_time() -> None:
+    draws = evaluation_draws(3, (4, 5), 8)
+    assert [index for index, _, _ in draws] == [0] * 8 + [1] * 8 + [2] * 8
+    assert {variant for _, variant, _ in draws} == {4, 5}
+    assert len({seed for _, _, seed in draws}) == 24
+    assert draws == evaluation_draws(3, (4, 5), 8)
+
+
+LABELS = [0] * 6 + [2] * 3 + [3]
+
+
+def draw(labels: list[int] = LABELS, epochs: int = 1, **data: Any) -> Draws:
+    config = Config(seed=3, data=DataConfig(**data), train=TrainConfig(epochs=epochs))
+    return Draws(labels, [(1,), (2, 3), (4, 5)], config)
 
 
 def test_training_draws_each_sample_once_and_drops_the_tail() -> None:
-    draws = Draws(10, seed=3)
+    draws = draw(epochs=2)
     first = list(draws)
-    assert sorted(index for index, _ in first) == list(range(10))
+    assert sorted(index for index, _, _ in first) == list(range(10))
     assert first == list(draws)
     draws.epoch = 1
     assert first != list(draws)
     dataset: Any = list(range(10))
     config = Config(data=DataConfig(batch_size=4))
     assert len(make_loader(dataset, draws, CPU, config)) == 2
-    assert len(make_loader(dataset, Draws(10), CPU, config)) == 3
-    assert len(make_loader(dataset, Draws(3, seed=0), CPU, config)) == 1
+    assert len(make_loader(dataset, evaluation_draws(10), CPU, config)) == 3
+    assert len(make_loader(dataset, draw([0, 1, 1]), CPU, config)) == 1
+
+
+def test_an_epoch_goes_on_where_it_was_left() -> None:
+    draws = draw()
+    whole = list(draws)
+    draws.done = 4
+    assert list(draws) == whole[4:]
+    draws.done = 10
+    assert list(draws) == []
+
+
+def test_augmentation_grows_with_the_epochs() -> None:
+    draws, seen = draw(epochs=7), []
+    for draws.epoch in range(7):
+        seen.append({variant for _, variant, _ in draws})
+    assert seen[:3] == [{1}] * 3
+    assert all(found <= {2, 3} for found in seen[3:5])
+    assert all(found <= {4, 5} for found in seen[5:])
+
+
+def test_offline_every_image_comes_in_every_variant() -> None:
+    config = Config(data=DataConfig(offline=True), train=TrainConfig(epochs=1))
+    draws = Draws(LABELS, [(2, 3)], config)
+    assert len(draws) == 20
+    assert sorted(d[:2] for d in draws) == [(i, v) for i in range(10) for v in (2, 3)]
+
+
+def test_rare_classes_are_copied_to_the_size_of_the_commonest() -> None:
+    drawn = list(draw(balance="copies"))
+    labels = [LABELS[index] for index, _, _ in drawn]
+    assert [labels.count(label) for label in range(4)] == [6, 0, 6, 6]
+    assert [sum(i == index for i, _, _ in drawn) for index in (6, 7, 8)] == [2, 2, 2]
+    assert len({seed for _, _, seed in drawn}) == 18  # each copy is augmented in its own way
+
+
+def test_the_weighted_sampler_evens_the_classes_out() -> None:
+    draws, labels = draw(balance="sampler", epochs=300), []
+    assert len(draws) == 10
+    for draws.epoch in range(300):
+        labels += [LABELS[index] for index, _, _ in draws]
+    assert len(labels) == 3000
+    for label in (0, 2, 3):
+        assert 900 < labels.count(label) < 1100
 
 
 def test_documents_are_padded_with_white_and_digits_stretched() -> None:
     page = np.zeros((10, 20, 3), dtype=np.uint8)
-    padded = Transform(PRESETS["documents"], 20, training=False)(page)
+    padded = Transform(find_preset("documents"), 20)(page)
     assert padded.shape == (20, 20, 3)
     assert padded[0].min() == padded[-1].min() == 255
     assert padded[10].max() == 0
-    assert Transform(PRESETS["digits"], 20, training=False)(page).max() == 0
+    assert Transform(find_preset("digits"), 20)(page).max() == 0
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif", "gif"])
@@ -227,12 +281,15 @@ def test_rotation_turns_counter_clockwise() -> None:
 
 
 def test_presets_name_views_that_keep_the_class() -> None:
-    for preset in PRESETS.values():
-        assert preset.views[0] == "identity"
-        assert set(preset.views) <= VIEWS.keys()
+    names = yaml.safe_load(PRESETS.read_text("utf-8"))
+    assert len(names) > 8
+    for name in names:
+        views = find_preset(name).views
+        assert views[0] == "identity"
+        assert set(views) <= VIEWS.keys()
     flips = {"fliplr", "flipud", "transpose"}
-    assert not flips & set(PRESETS["digits"].views)
-    assert flips <= set(PRESETS["documents"].views)
+    assert not flips & set(find_preset("digits").views)
+    assert flips <= set(find_preset("documents").views)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -255,10 +312,45 @@ def test_each_image_gets_the_mean_over_its_own_views() -> None:
             return images[:, :, 0, 0] / 64
 
     images = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
-    batches: Any = [(images[:3], None), (images[3:], None)]
+    batches: Any = [(images[:3], None, torch.arange(3)), (images[3:], None, torch.arange(3, 5))]
     names = ("identity", "fliplr", "flipud")
     probs = probabilities(Corner(), batches, CPU, names)
     corners = [images[:, :, row, column] for row, column in ((0, 0), (0, 3), (3, 0))]
     expected = sum((corner.float() / 64).softmax(1) for corner in corners) / 3
     torch.testing.assert_close(probs, expected)
     assert len({tuple(row) for row in itertools.chain(probs.tolist())}) == 5
+
+
+def test_a_samples_draws_are_averaged_in_any_order() -> None:
+    class Level(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1).mean(1, keepdim=True) * torch.tensor([1.0, 0.0])
+
+    images = torch.rand(5, 1, 2, 2)
+    places = torch.tensor([1, 0, 1, 1, 0])
+    batches: Any = [(images[:2], None, places[:2]), (images[2:], None, places[2:])]
+    probs = probabilities(Level(), batches, CPU)
+    each = Level()(images).softmax(1)
+    expected = torch.stack([each[places == place].mean(0) for place in (0, 1)])
+    torch.testing.assert_close(probs, expected)
+
+
+def test_dropout_stays_on_for_so_many_passes() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 3)
+    )
+    batches: Any = [(torch.rand(6, 1, 2, 2) * 9, None, torch.arange(6))]
+    plain = probabilities(model, batches, CPU)
+    assert torch.equal(plain, probabilities(model, batches, CPU))
+    noisy = [probabilities(model, batches, CPU, passes=passes) for passes in (1, 1, 400)]
+    assert not torch.equal(noisy[0], noisy[1])
+    assert not any(part.training for part in model.modules())
+    assert torch.equal(model[1].running_mean, torch.zeros(4))  # BatchNorm was not in training
+    # The mean over many passes is that of the masks, which are 2 ** 4 in each image.
+    masks = torch.cartesian_prod(*[torch.tensor([0.0, 2.0])] * 4)
+    inputs = model[1](batches[0][0].flatten(1))
+    exact = torch.stack([model[3](inputs * mask).softmax(1) for mask in masks]).mean(0)
+    torch.testing.assert_close(noisy[2], exact, rtol=0, atol=0.06)
+    with pytest.raises(InputError, match="no layer that drops"):
+        probabilities(torch.nn.Flatten(), batches, CPU, passes=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from torch import nn
 
 import cv_classification.train as training
 from cv_classification.__main__ import main
-from cv_classification.config import Config, InputError, TrainConfig, load_config
+from cv_classification.config import Config, TrainConfig, load_config
+from cv_classification.data import Classes, Sample, read_unlabelled
+from cv_classification.images import Split, read_split
+from cv_classification.interrupt import Interruptions
 from cv_classification.model import load_trained
-from cv_classification.tta import probabilities
+from cv_classification.run import Progress, Run
+from cv_classification.tta import predict_samples, probabilities
 from portable_amp import DeviceContext, ScalerShim, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,39 +43,38 @@ class Linear(nn.Module):
         return self.layer(images)
 
 
-class CountingScheduler:
+class CountingSchedule:
     def __init__(self) -> None:
         self.seen: list[int] = []
 
-    def step_update(self, updates: int) -> None:
+    def step(self, updates: int) -> None:
         self.seen.append(updates)
 
 
 def linear_batches(count: int, size: int = 5) -> Any:
     random = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(size, 4, generator=random), torch.randint(3, (size,), generator=random))
+        (
+            torch.randn(size, 4, generator=random),
+            torch.randint(3, (size,), generator=random),
+            torch.arange(size),
+        )
         for _ in range(count)
     ]
 
 
 def run_epoch(
-    model: nn.Module, batches: Any, scaler: ScalerShim, **settings: Any
-) -> tuple[float, int, list[int]]:
-    scheduler: Any = CountingScheduler()
+    model: Any, batches: Any, scaler: ScalerShim, **settings: Any
+) -> tuple[Progress, list[int]]:
+    schedule: Any = CountingSchedule()
     config = Config(train=TrainConfig(**settings))
+    samples = [Sample(f"{index}.png", Path(f"{index}.png")) for index in range(5)]
+    data = Split(samples, [], Classes((0, 1, 2), ("a", "b", "c")), "")
     optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
-    loss, updates = training.train_epoch(
-        model,
-        batches,
-        optimizer,
-        scheduler,
-        0,
-        scaler,
-        CPU,
-        config,  # type: ignore[arg-type]
-    )
-    return loss, updates, scheduler.seen
+    criterion = training.make_loss(config.train, [0, 1, 2], 3)
+    run = Run(config, CPU, data, model, model, optimizer, schedule, scaler, criterion, None)
+    training.train_epoch(run, batches, Interruptions())
+    return run.progress, schedule.seen
 
 
 @pytest.mark.parametrize(("count", "accumulate"), [(4, 2), (5, 2), (7, 3), (2, 5), (3, 1)])
@@ -78,7 +82,7 @@ def test_accumulated_steps_are_those_of_the_large_batch(count: int, accumulate: 
     model, reference = Linear(), Linear().train()
     reference.load_state_dict(model.state_dict())
     batches = linear_batches(count)
-    loss, updates, seen = run_epoch(
+    progress, seen = run_epoch(
         model, batches, CPU.scaler(), accumulate=accumulate, lr=0.5, label_smoothing=0.1
     )
 
@@ -86,16 +90,17 @@ def test_accumulated_steps_are_those_of_the_large_batch(count: int, accumulate: 
     criterion, losses = nn.CrossEntropyLoss(label_smoothing=0.1), []
     for start in range(0, count, accumulate):
         group = batches[start : start + accumulate]
-        images = torch.cat([images for images, _ in group])
-        whole = criterion(reference(images), torch.cat([labels for _, labels in group]))
+        images = torch.cat([images for images, _, _ in group])
+        whole = criterion(reference(images), torch.cat([labels for _, labels, _ in group]))
         optimizer.zero_grad()
         whole.backward()
         optimizer.step()
-        losses += [whole.item()] * len(group)
+        losses.append(whole.item())
 
     torch.testing.assert_close(model.state_dict(), reference.state_dict())
-    assert loss == pytest.approx(sum(losses) / count)
-    assert updates == len(seen) == -(-count // accumulate)
+    assert progress.loss == pytest.approx(sum(losses))
+    assert progress.updates == progress.finite == len(seen) == -(-count // accumulate)
+    assert progress.batches == count
 
 
 def test_gradients_are_clipped() -> None:
@@ -113,17 +118,10 @@ def test_the_schedule_waits_for_real_steps() -> None:
     batches[1][0][0, 0] = torch.inf
     batches[2][0][0, 0] = torch.inf
     model = Linear()
-    _, updates, seen = run_epoch(model, batches, ScalerShim("cpu", enabled=True))
-    assert updates == 2
+    progress, seen = run_epoch(model, batches, ScalerShim("cpu", enabled=True))
+    assert progress.updates == progress.finite == 2
     assert seen == [1, 2]
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
-
-
-def test_a_loss_that_is_lost_ends_the_run_in_words() -> None:
-    batches = linear_batches(2)
-    batches[0][0][0, 0] = torch.nan
-    with pytest.raises(InputError, match=r"train\.lr=0\.001: the loss has become nan"):
-        run_epoch(Linear(), batches, CPU.scaler())
 
 
 def test_train_evaluate_predict(
@@ -153,7 +151,7 @@ def test_train_evaluate_predict(
     assert [name for name, _ in lines] == ["2.png", "0.png", "1.png"]
     assert [target for _, target in lines] == ["9", "3", "5"]
     assert sorted(path.name for path in run.iterdir()) == [
-        "best.pt", "last.pt", "metrics.jsonl", "submission.csv",
+        "best.pt", "last.pt", "metrics.jsonl", "report.html", "submission.csv",
     ]  # fmt: skip
 
     # The same images as a folder per class, by the names that meta.csv gives.
@@ -166,7 +164,7 @@ def test_train_evaluate_predict(
     assert "on 24 images" in capsys.readouterr().out
     folders = settings(data__path=tmp_path / "folders", output=tmp_path / "b", train__epochs=1)
     assert main(["train", *folders]) == 0
-    assert load_trained(tmp_path / "b", []).classes.names == ("bright", "dark", "grey")
+    assert load_trained(tmp_path / "b")[0].classes.names == ("bright", "dark", "grey")
 
 
 def test_training_refuses_to_overwrite_a_run(
@@ -188,46 +186,6 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert differing == []
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_interrupted_run_ends_in_the_same_bits(
-    workers: int, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def overrides(name: str) -> list[str]:
-        return settings(
-            output=tmp_path / name, data__preset="documents", data__workers=workers,
-            train__epochs=3, train__accumulate=3, train__max_norm=1.0, model__drop_rate=0.3,
-        )  # fmt: skip
-
-    assert main(["train", *overrides("whole")]) == 0
-    train_epoch, calls = training.train_epoch, []
-
-    def interrupted(*args: Any) -> tuple[float, int]:
-        calls.append(1)
-        if len(calls) == 3:
-            train_epoch(*args)
-            raise KeyboardInterrupt
-        return train_epoch(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "train_epoch", interrupted)
-        assert main(["train", *overrides("parts")]) == 130
-    assert len(load_checkpoint(tmp_path / "parts" / "last.pt")["history"]) == 2
-    torch.rand(7)  # a new process would be in another random state
-    assert main(["train", "--resume", *overrides("parts")]) == 0
-    for name in ("last.pt", "best.pt"):
-        assert_same_bits(
-            weights_of(tmp_path / "whole" / name), weights_of(tmp_path / "parts" / name)
-        )
-    whole, parts = (
-        [
-            {name: value for name, value in json.loads(line).items() if name != "seconds"}
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "parts")
-    )
-    assert whole == parts
-
-
 def test_workers_change_nothing_but_speed(tmp_path: Path, settings: Settings) -> None:
     for workers in (0, 2):
         chosen = settings(
@@ -247,16 +205,14 @@ def test_early_stopping_gives_the_best_weights_back(
 
     monkeypatch.setattr(training, "measure", scripted)
     config = load_config(None, settings(train__epochs=6, train__patience=2))
-    trained = training.train(config)
-    run = tmp_path / "run"
+    run = training.train(config)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
-    assert_same_bits(trained.model.state_dict(), weights_of(run / "best.pt"))
     last = load_checkpoint(run / "last.pt")["model"]
     best = weights_of(run / "best.pt")
     assert any(not torch.equal(best[name], value) for name, value in last.items())
     # What is over stays over.
-    again = training.train(config, resume=True)
-    assert_same_bits(again.model.state_dict(), trained.model.state_dict())
+    training.train(config, resume="always")
+    assert_same_bits(weights_of(run / "best.pt"), best)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -279,15 +235,15 @@ def test_every_epoch_has_an_order_of_its_own(
 ) -> None:
     train_epoch, orders = training.train_epoch, []
 
-    def watched(model: Any, batches: Any, *rest: Any) -> tuple[float, int]:
+    def watched(run: Any, batches: Any, *rest: Any) -> None:
         orders.append(list(batches.sampler))
-        return train_epoch(model, batches, *rest)
+        train_epoch(run, batches, *rest)
 
     monkeypatch.setattr(training, "train_epoch", watched)
     assert main(["train", *settings()]) == 0
     assert len(orders) == 2
     assert orders[0] != orders[1]
-    assert not {seed for _, seed in orders[0]} & {seed for _, seed in orders[1]}
+    assert not {seed for _, _, seed in orders[0]} & {seed for _, _, seed in orders[1]}
 
 
 def test_a_data_set_smaller_than_a_batch_is_trained_on(settings: Settings, tmp_path: Path) -> None:
@@ -297,11 +253,11 @@ def test_a_data_set_smaller_than_a_batch_is_trained_on(settings: Settings, tmp_p
 
 def test_prediction_leaves_the_model_as_it_is(settings: Settings, tmp_path: Path) -> None:
     config = load_config(None, settings(train__epochs=1, model__drop_rate=0.5))
-    trained = training.train(config)
+    (trained,) = load_trained(training.train(config))
     before = {name: value.clone() for name, value in trained.model.state_dict().items()}
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (4, 3, 32, 32), generator=random, dtype=torch.uint8)
-    batches: Any = [(images, torch.zeros(4))]
+    batches: Any = [(images, torch.zeros(4), torch.arange(4))]
     trained.model.train()
     first = probabilities(trained.model, batches, CPU)
     assert torch.equal(first, probabilities(trained.model, batches, CPU))
@@ -339,3 +295,83 @@ def test_pretrained_weights_come_from_a_file(settings: Settings, tmp_path: Path)
     got = model.net.state_dict()
     assert kept
     assert all(torch.equal(value, got[name]) for name, value in kept.items())
+
+
+def test_folds_are_trained_and_predict_together(
+    tiny: Path, settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *settings(data__folds=3, train__epochs=1)]) == 0
+    assert sorted(path.name for path in run.iterdir()) == ["fold0", "fold1", "fold2"]
+    every = {path.name for path in (tiny / "train").iterdir()}
+    held_out = [
+        {sample.id for sample in read_split(one.config).validation} for one in load_trained(run)
+    ]
+    assert sum(map(len, held_out)) == len(every)
+    assert set().union(*held_out) == every
+
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0  # each fold on what it never saw
+    assert "on 24 validation images" in capsys.readouterr().out
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").is_file()
+    assert main(["predict", str(run), "--no-tta"]) == 0
+    samples = read_unlabelled(tiny)
+    together = predict_samples(load_trained(run), samples, CPU, tta=False)
+    each = [predict_samples([one], samples, CPU, tta=False) for one in load_trained(run)]
+    torch.testing.assert_close(together, torch.stack(each).mean(0))
+    assert not torch.equal(each[0], each[1])
+    # What is finished stays as it is; one more fold can be trained alone.
+    before = (run / "fold1/best.pt").read_bytes()
+    assert main(["train", "--resume", "auto", *settings(data__folds=3, train__epochs=1)]) == 0
+    assert (run / "fold1/best.pt").read_bytes() == before
+
+
+def test_the_average_of_the_weights_is_what_is_kept(settings: Settings, tmp_path: Path) -> None:
+    """With so slow a decay it stays near the first weights; without any it is the last ones."""
+    paths = {}
+    for decay in (0.999, 1e-9):
+        paths[decay] = tmp_path / str(decay)
+        chosen = settings(output=paths[decay], train__ema=decay, train__epochs=1)
+        assert main(["train", *chosen]) == 0
+    first, last = (load_checkpoint(paths[decay] / "last.pt") for decay in paths)
+    assert_same_bits(first["model"], last["model"])  # training itself does not see it
+    kept, new = (weights_of(paths[decay] / "best.pt") for decay in paths)
+    weight = "net.conv1.0.weight"
+    torch.testing.assert_close(new[weight], last["model"][weight])
+    moved = (first["model"][weight] - kept[weight]).abs().max()
+    assert moved > 1e-3
+
+
+def test_mixup_and_focal_loss_train(settings: Settings, tmp_path: Path) -> None:
+    chosen = settings(
+        data__mixup=0.4, data__cutmix=1.0, train__loss="focal", train__class_weights="balanced",
+        train__schedule="onecycle", train__optimizer="SGD", data__balance="copies",
+    )  # fmt: skip
+    assert main(["train", *chosen]) == 0
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["updates"] for row in rows] == [4, 8]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_trackers_are_told(
+    name: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs
+        assert main(["train", *settings(tracking=f"[{name}]")]) == 0
+    if name == "wandb":
+        assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [event.step for event in events.Scalars("loss")] == [0, 1]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(
+        [row["loss"] for row in rows]
+    )

@@ -114,7 +114,7 @@ def exit_code(line: str) -> int | None:
         if words[0] in ("portable-amp", "portable_amp"):
             return cli.main(words[1:])
         if words[0] == "cv_classification":
-            load_config(None, example.make_parser().parse_known_args(words[1:])[1])
+            load_config(None, example.parse(words[1:])[1])
             return 0
     except SystemExit as left:
         return left.code  # type: ignore[return-value]

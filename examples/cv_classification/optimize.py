@@ -1,0 +1,178 @@
+"""What training minimises and how: the loss, the optimizer, and the learning rate's schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.optim import (  # type: ignore[attr-defined]
+    create_optimizer_v2,
+    list_optimizers,
+    param_groups_weight_decay,
+)
+from timm.scheduler.scheduler_factory import create_scheduler_v2
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+
+from cv_classification.config import InputError, TrainConfig, nearest
+from cv_classification.model import Classifier
+
+TORCH = {name: kind for name, kind in vars(torch.optim).items() if name[0].isupper()}
+TIMM_SCHEDULES = ("constant", "cosine", "multistep", "poly", "step", "tanh")
+SHORT = {"onecycle": "OneCycleLR", "plateau": "ReduceLROnPlateau"}
+# The others of torch take functions or schedulers, which settings cannot hold.
+TORCH_SCHEDULES = (
+    *("ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR"),
+    *("ExponentialLR", "LinearLR", "MultiStepLR", "PolynomialLR", "StepLR", *SHORT.values()),
+)
+
+
+class Loss(nn.Module):
+    """logits: (N, C), targets: (N,) int64, or (N, C) float shares of classes -> float32 scalar.
+
+    Cross-entropy, each term times (1 - p)^gamma, and the mean weighted by the targets' classes.
+    torch's own is not, given shares: a class would not count the same as all of its share.
+    """
+
+    weights: torch.Tensor
+
+    def __init__(self, weights: torch.Tensor, smoothing: float, gamma: float) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
+        self.smoothing, self.gamma = smoothing, gamma
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = self.weights.to(logits.dtype)
+        soft = targets.is_floating_point()
+        if not soft and not self.gamma:
+            return F.cross_entropy(logits, targets, weights, label_smoothing=self.smoothing)
+        shares = (targets if soft else F.one_hot(targets, len(weights))).to(logits.dtype)
+        smooth = shares * (1 - self.smoothing) + self.smoothing / len(weights)
+        logs = logits.log_softmax(-1)
+        missing = (-logs.expm1()).clamp_min(1e-12)  # at 0 the power may be infinitely steep
+        return -(smooth * weights * missing**self.gamma * logs).sum() / (shares * weights).sum()
+
+
+def make_loss(config: TrainConfig, labels: Sequence[int], classes: int) -> Loss:
+    """The loss; "balanced" weighs each class by N / (C * its labels), and 0 without any."""
+    weights = torch.ones(classes)
+    if config.class_weights == "balanced":
+        counts = torch.bincount(torch.tensor(labels), minlength=classes)
+        weights = torch.where(counts > 0, len(labels) / (classes * counts), 0.0)
+    gamma = config.focal_gamma if config.loss == "focal" else 0.0
+    return Loss(weights, config.label_smoothing, gamma)
+
+
+def make_optimizer(model: Classifier, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of what is trainable; no weight decay on biases and norms.
+
+    Raises:
+        InputError: it cannot be had on this machine, or not with these settings.
+    """
+    name, lr, decay = config.optimizer.removeprefix("torch."), config.lr, config.weight_decay
+    net: Any = model.net  # the bare network, which knows more that is not to decay
+    with _refused(f"optimizer={config.optimizer!r}"):
+        if name not in TORCH:
+            return create_optimizer_v2(net, opt=name, lr=lr, weight_decay=decay)
+        spared: set[str] = getattr(net, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(net, decay, no_weight_decay_list=spared)
+        optimizer: torch.optim.Optimizer = TORCH[name](groups, lr=lr)
+        if decay and "weight_decay" not in optimizer.defaults:
+            raise ValueError("it has no weight decay; set train.weight_decay=0")
+        return optimizer
+
+
+class Schedule:
+    """The learning rates of a run, as timm or torch plans them."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.state_dict, self.load_state_dict = scheduler.state_dict, scheduler.load_state_dict
+        self.by_score = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+
+    def step(self, updates: int) -> None:
+        """Go on after an update of the optimizer, of which there were so many."""
+        if not isinstance(self.scheduler, lr_scheduler.LRScheduler):
+            self.scheduler.step_update(updates)
+        elif not self.by_score:
+            self.scheduler.step()
+
+    def end_epoch(self, score: float) -> None:
+        """Go on after an epoch, if the schedule waits for the score, higher is better, to stall."""
+        if self.by_score:
+            self.scheduler.step(score)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int
+) -> Schedule:
+    """The schedule; options are in epochs where it is timm's, and in updates where it is torch's.
+
+    Raises:
+        InputError: the options are not its own, or do not go together.
+    """
+    name, options = SHORT.get(config.schedule, config.schedule), config.schedule_options
+    epochs, updates = config.epochs, config.epochs * updates_per_epoch
+    with _refused(f"schedule={config.schedule!r} with {options}"):
+        if name in TORCH_SCHEDULES:
+            if config.warmup_epochs:
+                raise ValueError(f"train.warmup_epochs works with {', '.join(TIMM_SCHEDULES)}")
+            filled: tuple[Any, ...] = (config.lr, updates) if name == "OneCycleLR" else ()
+            if name == "ReduceLROnPlateau":
+                filled = ("max",)
+                # Relative to a negative score, even the same one would be a rise.
+                options = {"threshold_mode": "abs", **options}
+            return Schedule(getattr(lr_scheduler, name)(optimizer, *filled, **options))
+        # All cycles together are the run; timm means the first one.
+        ratio = sum(options.get("cycle_mul", 1) ** i for i in range(options.get("cycle_limit", 1)))
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched="step" if name == "constant" else name,
+            num_epochs=epochs if ratio == 1 else epochs / ratio,
+            warmup_epochs=config.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **{
+                "warmup_lr": config.lr / 100,
+                "decay_rate": 1.0 if name in ("constant", "poly") else 0.1,  # or poly's power
+                "decay_epochs": epochs / 3,
+                "decay_milestones": [epochs / 2, epochs * 3 / 4],
+                **options,
+            },
+        )
+        return Schedule(scheduler)
+
+
+def check_optimize(config: TrainConfig) -> None:
+    """Look the names up, and take a step, which some optimizers refuse.
+
+    Raises:
+        InputError: there is no such thing, or it does not work in a plain loop.
+    """
+    optimizers = {*map(str, list_optimizers()), *TORCH, *(f"torch.{name}" for name in TORCH)}
+    schedules = (*TIMM_SCHEDULES, *TORCH_SCHEDULES, *SHORT)
+    for name, known in ((config.optimizer, optimizers), (config.schedule, schedules)):
+        if name not in known:
+            where = "optimizer" if known is optimizers else "schedule"
+            raise InputError(f"train.{where}={name!r} is not known; {nearest(name, known)}")
+    model = Classifier(nn.Linear(2, 2), 1, [0.0] * 3, [1.0] * 3)
+    optimizer = make_optimizer(model, config)
+    with _refused(f"optimizer={config.optimizer!r}"):
+        model.net(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    make_schedule(optimizer, config, 1000)
+
+
+@contextmanager
+def _refused(setting: str) -> Iterator[None]:
+    """What timm and torch raise, each in its own way, as an InputError about the setting."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"train.{setting} does not work: {why}") from error
