@@ -88,7 +88,8 @@ def build_model(config: ModelConfig, classes: int, *, weights: bool = True) -> C
     Raises:
         InputError: timm has no such model or weights for it, or the size does not suit it.
     """
-    check_model(config)
+    if weights:
+        check_model(config)
     options: dict[str, Any] = {"drop_rate": config.drop_rate} if config.drop_rate else {}
     preset = timm.get_pretrained_cfg(config.name)
     if config.image_size and preset is not None and preset.fixed_input_size:

@@ -297,6 +297,19 @@ def test_pretrained_weights_come_from_a_file(settings: Settings, tmp_path: Path)
     assert all(torch.equal(value, got[name]) for name, value in kept.items())
 
 
+def test_a_trained_model_needs_its_first_weights_no_more(
+    settings: Settings, tmp_path: Path
+) -> None:
+    import timm
+
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
+    chosen = settings(model__weights=weights, model__tune="head", train__epochs=1)
+    assert main(["train", *chosen]) == 0
+    weights.unlink()
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
 def test_folds_are_trained_and_predict_together(
     tiny: Path, settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
