@@ -123,7 +123,7 @@ def test_test_pages_are_turned_flipped_and_spoilt() -> None:
     for seed in range(60):
         image = documents._spoil(arrow, np.random.default_rng(seed))
         pixels = np.asarray(image).astype(int)
-        y, x = np.nonzeropixels[..., 0] - pixels[..., 2] > 120
+        y, x = np.nonzero(pixels[..., 0] - pixels[..., 2] > 120)
         angles.append(np.arctan2(y.mean() - image.height / 2, x.mean() - image.width / 2))
         corners.add(round(float(np.median(pixels[:4, :4])) / 20))
         blank = documents._spoil(Image.new("RGB", (90, 90), "gray"), np.random.default_rng(seed))
