@@ -17,7 +17,7 @@ import torch
 
 import cv_classification.train as training
 from cv_classification.__main__ import main
-from portable_amp import load_checkpoint
+from portable_amp import StateWarning, load_checkpoint
 from portable_amp.testing import play
 
 from . import survivor
@@ -282,7 +282,8 @@ def test_a_run_changes_its_device_and_keeps_its_scale(settings: Settings, tmp_pa
         stop_after(1, settings(**gpu, **arguments))
         before = scaler()
     assert before["_growth_tracker"] > 0
-    stop_after(2, ["--resume", *settings(**arguments)])
+    with pytest.warns(StateWarning, match="random state of 1 cuda"):
+        stop_after(2, ["--resume", *settings(**arguments)])
     assert scaler()["scale"] == before["scale"]
     assert scaler()["_growth_tracker"] == before["_growth_tracker"]
     with play("t4", live=True) as played:
