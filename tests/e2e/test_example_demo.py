@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import cv_classification.documents as writing
+import cv_classification.demo as writing
 from cv_classification.__main__ import main
 from cv_classification.config import InputError
 from cv_classification.data import read_rows
-from cv_classification.demo import score_submission, write_digits
+from cv_classification.demo import score_submission, write_pictures
+from demo_images.digits import digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,5 +61,5 @@ def test_interrupted_data_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(writing, "write_table", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            write_digits(tmp_path / "data")
+            write_pictures(tmp_path / "data", digits())
     assert list(tmp_path.iterdir()) == []

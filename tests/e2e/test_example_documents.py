@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-import cv_classification.documents as documents
 from cv_classification.config import InputError
 from cv_classification.data import read_labelled, read_rows, read_unlabelled
-from cv_classification.documents import write_documents
+from cv_classification.demo import write_pictures
+from demo_images import documents
 
 RARE = {"application_for_payment", "resume", "statement_of_opinion"}
 ALIKE = ["confirmation_of_admission", "diagnosis", "medical_outpatient_certificate"]
@@ -23,7 +23,7 @@ ALIKE = ["confirmation_of_admission", "diagnosis", "medical_outpatient_certifica
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("documents") / "data"
-    write_documents(folder, train=90, test=50)
+    write_pictures(folder, documents.documents(train=90, test=50))
     return folder
 
 
@@ -73,7 +73,7 @@ def test_pages_are_pictures_of_many_sizes(pages: Path) -> None:
 
 
 def test_fewer_pages_are_the_first_of_more(pages: Path, tmp_path: Path) -> None:
-    write_documents(tmp_path / "few", train=20, test=10)
+    write_pictures(tmp_path / "few", documents.documents(train=20, test=10))
     everything, few = files(pages), files(tmp_path / "few")
     assert len(few) == 30
     assert few == {name: everything[name] for name in few}
@@ -84,8 +84,8 @@ def test_fewer_pages_are_the_first_of_more(pages: Path, tmp_path: Path) -> None:
 def test_pages_are_a_function_of_the_seed(pages: Path, tmp_path: Path) -> None:
     random.seed(1)
     np.random.seed(1)
-    write_documents(tmp_path / "same", train=5, test=5, seed=0)
-    write_documents(tmp_path / "other", train=5, test=5, seed=1)
+    write_pictures(tmp_path / "same", documents.documents(train=5, test=5, seed=0))
+    write_pictures(tmp_path / "other", documents.documents(train=5, test=5, seed=1))
     same, other, everything = files(tmp_path / "same"), files(tmp_path / "other"), files(pages)
     assert all(everything[name] == content for name, content in same.items())
     assert all(everything[name] != content for name, content in other.items())
@@ -136,7 +136,7 @@ def test_test_pages_are_turned_flipped_and_spoilt() -> None:
 
 def test_what_is_there_stays(pages: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in pages.rglob("*")}
-    write_documents(pages, train=3, test=3, seed=5)
+    write_pictures(pages, documents.documents(train=3, test=3, seed=5))
     assert {path: path.stat().st_mtime_ns for path in pages.rglob("*")} == before
 
 
@@ -149,7 +149,7 @@ def test_interrupted_pages_are_not_there(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(documents, "_spoil", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_documents(tmp_path / "data", train=3, test=3)
+        write_pictures(tmp_path / "data", documents.documents(train=3, test=3))
     assert len(drawn) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -157,5 +157,5 @@ def test_interrupted_pages_are_not_there(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("mine")
     with pytest.raises(InputError, match="is a file"):
-        write_documents(tmp_path / "data", train=1, test=1)
+        write_pictures(tmp_path / "data", documents.documents(train=1, test=1))
     assert (tmp_path / "data").read_text() == "mine"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -14,50 +12,18 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from cv_classification.config import check_folder
-from cv_classification.data import COLUMNS, write_table
+from demo_images import Picture, Pictures
 
 LAYOUTS = yaml.safe_load(Path(__file__).with_name("layouts.yaml").read_text(encoding="utf-8"))
 PAGES, TEXTS, SHAPES = LAYOUTS["pages"], LAYOUTS["texts"], LAYOUTS["shapes"]
 DECK = [label for label, page in enumerate(PAGES.values()) for _ in range(page["share"])]
-Picture = tuple[str, int, bytes]
-"""A file's name, its target, and its content."""
 Rng = np.random.Generator
 Span = tuple[float, float]
 
 
-def write_documents(folder: Path, *, train: int = 2000, test: int = 1000, seed: int = 0) -> None:
-    """Write so many pages; each depends on seed and number only, so fewer are the first of more.
-
-    Does nothing where they are already.
-    """
-    write_pictures(folder, list(PAGES), _pages("train", train, seed), _pages("test", test, seed))
-
-
-def write_pictures(
-    folder: Path, names: list[str], train: Iterable[Picture], test: Iterable[Picture]
-) -> None:
-    """Write train/, test/ and their tables, class `i` being `names[i]`; interrupted, nothing.
-
-    Does nothing where the folder is already.
-    """
-    if folder.is_dir():
-        return
-    check_folder(folder)
-    making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        for part, table, pictures in (("train", "train", train), ("test", "answers", test)):
-            (making / part).mkdir(parents=True)
-            rows = []
-            for name, target, content in pictures:
-                (making / part / name).write_bytes(content)
-                rows.append((name, target))
-            write_table(making / f"{table}.csv", COLUMNS, rows)
-        write_table(making / "sample_submission.csv", COLUMNS, [(name, 0) for name, _ in rows])
-        write_table(making / "meta.csv", ("target", "class_name"), enumerate(names))
-        making.rename(folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
+def documents(train: int = 2000, test: int = 1000, seed: int = 0) -> Pictures:
+    """So many pages; each depends on seed and number only, so fewer are the first of more."""
+    return Pictures(list(PAGES), _pages("train", train, seed), _pages("test", test, seed))
 
 
 def _pages(part: str, number: int, seed: int) -> Iterator[Picture]:
