@@ -2,6 +2,7 @@
 # sh tests/run.sh [ARGUMENTS]: set up once, then run all tests; ARGUMENTS go to pytest.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=$(sh "$root/tools/env.sh" example,testing,tracking)
+python=$(sh "$root/tools/env.sh" example,testing,tracking,dev)
 cd "$root"
-exec "$python" -m pytest "$@"
+# One process per core, and one thread in each: more would wait for each other.
+OMP_NUM_THREADS=1 exec "$python" -m pytest -n auto --dist loadfile "$@"

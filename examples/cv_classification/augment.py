@@ -81,12 +81,10 @@ class Transform:
     """
 
     def __init__(self, preset: Preset, size: int) -> None:
-        narrow = A.LongestMaxSize if preset.keep_aspect else A.Resize
-        shape = (size,) if preset.keep_aspect else (size, size)
-        fit = [
-            narrow(*shape, area_for_downscale="image"),
-            A.PadIfNeeded(size, size, fill=preset.fill),
-        ]
+        def fit(size: int) -> A.BasicTransform:
+            if preset.keep_aspect:
+                return A.LongestMaxSize(size, area_for_downscale="image")
+            return A.Resize(size, size, area_for_downscale="image")
 
         def build(name: str, arguments: dict[str, Any]) -> A.BasicTransform:
             fill = {"fill": preset.fill} if "fill" in signature(KINDS[name]).parameters else {}
@@ -94,10 +92,13 @@ class Transform:
 
         number = count(1)
         self.stages = tuple(tuple(next(number) for _ in stage) for stage in preset.stages)
-        # Fitted again at the end, as a transform may crop; where none does, that costs nothing.
-        self._variants = [
-            A.Compose([*fit, *(build(*item) for step in group for item in step.items()), *fit])
-            for group in [(), *chain.from_iterable(preset.stages)]
+        # Padded last, so that what turns an image sees its edges, as a scanner does; and larger
+        # before, as what is turned is fitted once more.
+        last = [fit(size), A.PadIfNeeded(size, size, fill=preset.fill)]
+        first = fit(3 * size // 2 if preset.keep_aspect else size)
+        self._variants = [A.Compose(last)] + [
+            A.Compose([first, *(build(*item) for step in group for item in step.items()), *last])
+            for group in chain.from_iterable(preset.stages)
         ]
 
     def __call__(self, image: npt.NDArray[np.uint8], variant: int = 0) -> npt.NDArray[np.uint8]:

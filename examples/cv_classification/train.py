@@ -258,13 +258,18 @@ def check(config: Config, *, resume: str = "") -> DeviceContext:
     """
     ctx = DeviceContext(config.device, precision=config.precision)
     data, settings = config.data, config.train
-    find_preset(data.preset)
+    sizes = {len(stage) for stage in find_preset(data.preset).stages}
     check_model(config.model)
     check_optimize(settings)
     check_tracking(config)
     check_folder(config.output)
     if (data.mixup or data.cutmix) and data.batch_size // ranks().world_size % 2:
         raise InputError(f"data.batch_size={data.batch_size}: mixup and cutmix pair images; even")
+    if data.offline and len(sizes) > 1:
+        raise InputError(
+            f"data.offline=true: the stages of the preset {data.preset!r} differ in the number of "
+            "their groups, so an epoch would have no length; online works"
+        )
     if data.fold is not None and data.fold >= (data.folds or 0):
         raise InputError(f"data.fold={data.fold}: data.folds={data.folds} has no such fold")
     if settings.ema and settings.sharded:

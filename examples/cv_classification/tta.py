@@ -77,7 +77,8 @@ def probabilities(
     Raises:
         InputError: passes are asked for, and the model has no dropout.
     """
-    model.eval()
+    # Some, such as LeViT, keep in evaluation what they computed of older weights.
+    model.train().eval()
     if passes:
         dropouts = [one for one in model.modules() if isinstance(one, _DropoutNd) and one.p > 0]
         for dropout in dropouts:

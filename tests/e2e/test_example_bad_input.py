@@ -151,6 +151,9 @@ CASES = {
     "a fold too many": Case(f"{TRAIN} data.folds=3 data.fold=3", "data.folds=3 has no such fold"),
     "more folds than images": Case(f"{TRAIN} data.folds=9", "has 8 images; 9 work"),
     "unknown tracker": Case(f"{TRAIN} tracking=[mlflow]", "tracking.0='mlflow'"),
+    "offline stages of many sizes": Case(
+        f"{TRAIN} data.offline=true data.preset=documents", "data.offline=true: the stages"
+    ),
     "odd batch to mix": Case(
         f"{TRAIN} data.mixup=0.2 data.batch_size=5", "data.batch_size=5: mixup and cutmix"
     ),

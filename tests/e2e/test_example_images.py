@@ -335,6 +335,31 @@ def test_a_samples_draws_are_averaged_in_any_order() -> None:
     torch.testing.assert_close(probs, expected)
 
 
+def test_a_model_that_keeps_what_it_computed_is_asked_anew() -> None:
+    class Keeping(torch.nn.Module):
+        """As LeViT does: what it computes of its weights is kept until it trains."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(2))
+            self.kept: torch.Tensor | None = None
+
+        def train(self, mode: bool = True) -> "Keeping":
+            self.kept = None if mode else self.kept
+            return super().train(mode)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if self.kept is None:
+                self.kept = 10 * self.bias
+            return self.kept.expand(len(images), 2)
+
+    batches: Any = [(torch.zeros(1, 3, 2, 2), torch.zeros(1), torch.zeros(1, dtype=torch.int64))]
+    model = Keeping()
+    assert probabilities(model, batches, CPU).tolist() == [[0.5, 0.5]]
+    model.bias.data[0] = 1.0
+    assert probabilities(model, batches, CPU)[0, 0] > 0.9
+
+
 def test_dropout_stays_on_for_so_many_passes() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(

@@ -17,6 +17,7 @@ from cv_classification.config import Config
 from cv_classification.images import Draws, evaluation_draws
 from portable_amp import Ranks, load_checkpoint
 
+from .survivor import compare
 from .test_example_survival import NO_BATCH_NORM, environment
 
 pytestmark = [
@@ -34,13 +35,31 @@ COMPARABLE = NO_BATCH_NORM | {
 }  # fmt: skip
 
 
+# Else the restarted processes find the addresses of the dead ones: pytorch#135712.
+STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+DIES_ONCE = """
+import os, signal, sys
+from cv_classification import train as training
+from cv_classification.__main__ import main
+usual = training.take_step
+def take_step(run, *rest):
+    died = run.config.output / "died"
+    if run.progress.updates == 5 and os.environ["RANK"] == "1" and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return usual(run, *rest)
+training.take_step = take_step
+sys.exit(main())
+"""
+
+
 def torchrun(*words: str) -> str:
     done = subprocess.run(
         [
             sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", "2", *words,
         ],
-        env=environment(), capture_output=True, text=True, check=False, timeout=300,
+        env=environment() | STORE, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -70,6 +89,18 @@ def test_two_processes_train_as_one(sharded: str, settings: Settings, tmp_path: 
     assert said.count("18 images to train on, 6 to validate") == 1
     assert_close(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two/report.html").is_file()
+
+
+def test_a_killed_worker_is_brought_back(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "dies_once.py").write_text(DIES_ONCE)
+    usual = {"train__epochs": 3, "train__save_every": 2}
+    whole = settings(output=tmp_path / "whole", **usual)
+    torchrun("-m", "cv_classification", "train", *whole)
+    killed = settings(output=tmp_path / "killed", **usual)
+    script = str(tmp_path / "dies_once.py")
+    torchrun("--max-restarts", "3", script, "train", "--resume", "auto", *killed)
+    assert (tmp_path / "killed/died").exists()
+    assert compare(tmp_path / "whole", tmp_path / "killed") == []
 
 
 def test_processes_that_cannot_share(
