@@ -344,7 +344,7 @@ def test_a_model_that_keeps_what_it_computed_is_asked_anew() -> None:
             self.bias = torch.nn.Parameter(torch.zeros(2))
             self.kept: torch.Tensor | None = None
 
-        def train(self, mode: bool = True) -> "Keeping":
+        def train(self, mode: bool = True) -> Keeping:
             self.kept = None if mode else self.kept
             return super().train(mode)
 
