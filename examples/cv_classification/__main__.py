@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(argv)
     # OSError: the disk is full, or a folder is not ours to write to.
     except (InputError, PortableAmpError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        # What a worker of the loader raises comes with that process's traceback before it.
+        print(" ".join(str(error).rpartition("InputError: ")[2].split()), file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(f"{stop}; `train --resume` goes on from here", file=sys.stderr)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import cv_classification.images as images
 import cv_classification.train as training
 from cv_classification.__main__ import main
 from cv_classification.config import Config, TrainConfig, load_config
@@ -388,3 +389,18 @@ def test_trackers_are_told(
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(
         [row["loss"] for row in rows]
     )
+
+
+def test_an_image_that_breaks_in_a_worker_is_one_line(
+    settings: Settings,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(images, "check_images", lambda samples, *, skip_bad: samples)
+    for path in (tiny / "train").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    assert main(["train", *settings(data__workers=1)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(str(tiny / "train"))
+    assert "truncated or damaged" in line
