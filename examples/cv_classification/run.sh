@@ -5,7 +5,7 @@ set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=$(sh "$root/tools/env.sh" example,testing)
 case "${1:-}" in
-    train | evaluate | predict | demo) ;;
+    train | evaluate | predict | report | demo) ;;
     *) set -- demo "$@" ;;
 esac
 PYTHONPATH="$root/examples${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m cv_classification "$@"

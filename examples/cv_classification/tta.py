@@ -45,6 +45,8 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "transpose": lambda images: images.transpose(-1, -2),
     "rotate+5": partial(rotate, degrees=5.0),
     "rotate-5": partial(rotate, degrees=-5.0),
+    "rotate+15": partial(rotate, degrees=15.0),
+    "rotate-15": partial(rotate, degrees=-15.0),
 }
 
 

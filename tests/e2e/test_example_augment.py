@@ -37,7 +37,7 @@ def symmetries(transform: Transform) -> set[bytes]:
 
 
 def test_the_presets_that_the_documentation_names_are_there() -> None:
-    degrees = ["easiest", "still-easy", "basic", "middle", "aggressive", "eda"]
+    degrees = ["easiest", "still-easy", "basic", "middle", "aggressive", "eda", "turned"]
     assert ["none", "digits", *(f"documents-{degree}" for degree in degrees), "documents"] == NAMES
 
 
