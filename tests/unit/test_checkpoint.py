@@ -81,7 +81,7 @@ class Code:
 @pytest.mark.parametrize(
     "value",
     [{1, 2}, b"x", object(), Code(), lambda: None, {"deep": [Path("x")]}, {None: 1}],
-    ids=repr,
+    ids=["set", "bytes", "object", "code", "function", "path", "none"],
 )
 def test_what_could_not_be_loaded_is_refused_when_saving(tmp_path: Path, value: Any) -> None:
     save_checkpoint(tmp_path / "c.pt", {"epoch": 1})
