@@ -1,9 +1,10 @@
-"""The command line: portable-amp doctor."""
+"""The command line: portable-amp doctor | check | fix."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -31,12 +32,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Exit code 0: a training step ran on each device found; 1: on some it failed.",
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    # They parse and never import torch, or what they read.
+    from portable_amp.migrate import commands as migrate
+
+    migrate.add_arguments(commands)
     options = parser.parse_args(arguments)
     try:
-        return _doctor(as_json=options.json)
+        return _doctor(as_json=options.json) if options.command == "doctor" else _migrate(options)
     except PortableAmpError as error:
         print(f"portable-amp: {error}", file=sys.stderr)
         return 2
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from portable_amp.migrate import commands, settings
+
+    try:
+        return commands.run(options)
+    except settings.SettingsError as error:
+        why = str(error)
+    except FileNotFoundError as error:
+        why = f"there is no {str(error)!r}"
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    print(f"portable-amp: {why}", file=sys.stderr)
+    return 2
 
 
 def _doctor(*, as_json: bool) -> int:

@@ -1,0 +1,507 @@
+"""Where a program is tied to CUDA: one walk over its tree, with what each branch knows."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from portable_amp.migrate.findings import Level
+from portable_amp.migrate.guards import OTHERS, Knows, asks, is_device
+from portable_amp.migrate.names import Scope
+from portable_amp.migrate.rules import RULES
+from portable_amp.migrate.source import Source
+
+MEMORY = {
+    *("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"),
+    *("memory_cached", "max_memory_cached", "reset_peak_memory_stats", "mem_get_info"),
+    *("reset_max_memory_allocated", "reset_max_memory_cached", "memory_summary", "memory_stats"),
+    *("memory_snapshot", "set_per_process_memory_fraction", "reset_accumulated_memory_stats"),
+}
+BY_NAME = {
+    **dict.fromkeys(("torch.cuda.amp.custom_fwd", "torch.cuda.amp.custom_bwd"), "PAM104"),
+    **{f"torch.cuda.{name}": "PAM303" for name in MEMORY},
+    **dict.fromkeys(("torch.cuda.manual_seed", "torch.cuda.manual_seed_all"), "PAM304"),
+    **dict.fromkeys(("torch.cuda.seed", "torch.cuda.seed_all"), "PAM304"),
+    **{
+        f"torch.cuda.{name}": "PAM305"
+        for name in ("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream",
+                     "default_stream", "make_graphed_callables", "ExternalStream")
+    },
+    **{f"torch.cuda.{name}": "PAM306" for name in ("set_device", "device", "device_of")},
+    **{
+        f"torch.cuda.{name}": "PAM307"
+        for name in ("get_device_name", "get_device_capability", "get_device_properties",
+                     "current_device", "get_rng_state", "get_rng_state_all", "set_rng_state",
+                     "set_rng_state_all", "can_device_access_peer", "get_arch_list")
+    },
+    **dict.fromkeys(("torch.cuda.device_count", "torch.nn.DataParallel"), "PAM402"),
+    "torch.cuda.empty_cache": "PAM301",
+    "torch.cuda.synchronize": "PAM302",
+    "torch.cuda.OutOfMemoryError": "PAM602",
+}  # fmt: skip
+SCALER = ("torch.cuda.amp.GradScaler", "torch.amp.GradScaler")
+BRINGS_TORCH = re.compile(
+    r"(^|\W|_)(torch\w*|timm|transformers|diffusers|lightning\w*|accelerate|monai|kornia|fastai|ignite"
+    r"|peft|trl|sentence_transformers|open_clip|ultralytics)(\W|_|$)|pytorch"
+)
+DEFAULT = re.compile(r"(?i)(^|_)(dev|devices?|gpus?|accelerator)\d*(_|$)|device$")
+LEAVES = (ast.Return, ast.Continue, ast.Break)
+AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass
+class Match:
+    """One place, as the fixer needs it."""
+
+    code: str
+    node: ast.expr | ast.stmt
+    level: Level
+    what: str
+    scope: Scope
+    statement: ast.stmt
+    before: ast.stmt | None
+    """The statement before it in the same block."""
+    guarded: bool
+    decorator: bool = False
+    parameter: bool = False
+    call: ast.Call | None = None
+    """The `.to(...)` whose argument it is."""
+
+
+@dataclass
+class Found:
+    """All that is in one text."""
+
+    source: Source
+    scope: Scope
+    matches: list[Match] = field(default_factory=list)
+
+
+def detect(text: str) -> Found:
+    """Every place in a text, whether it is to be told or not.
+
+    Raises:
+        SyntaxError: it is not Python.
+    """
+    source = Source(text)
+    walk = _Walk(source)
+    walk.block(source.tree.body)
+    walk.found.matches.sort(key=lambda match: source.span(match.node))
+    return walk.found
+
+
+class _Walk:
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.scope = Scope(source.tree)
+        self.found = Found(source, self.scope)
+        self.knows: Knows = None
+        self.silent = False
+        self.statement: ast.stmt = ast.Pass()
+        self.before: ast.stmt | None = None
+        self.decorator = self.parameter = False
+        self.done: set[int] = set()
+        imports = (n for n in ast.walk(source.tree) if isinstance(n, (ast.Import, ast.ImportFrom)))
+        self.has_torch = any(
+            BRINGS_TORCH.search(f"{getattr(one, 'module', '')} {alias.name}")
+            for one in imports
+            for alias in one.names
+        )
+        marks = [n for n in source.tree.body if isinstance(n, ast.Assign)]
+        if any(getattr(n.targets[0], "id", "") == "pytestmark" and self._needs(n) for n in marks):
+            self.knows = "cuda"
+
+    # Blocks and what they know.
+
+    def block(self, statements: Sequence[ast.stmt]) -> None:
+        """Statements in order; one that leaves where there is no CUDA guards those after it."""
+        knows, before = self.knows, None
+        for statement in statements:
+            self.statement, self.before = statement, before
+            self.visit(statement)
+            before = statement
+            if isinstance(statement, ast.If) and not statement.orelse:
+                held, failed = asks(statement.test, self.scope)
+                last = statement.body[-1]
+                if held == "other" and (isinstance(last, LEAVES) or _skips(last)):
+                    self.knows = failed or self.knows
+        self.knows = knows
+
+    def visit(self, node: ast.AST) -> None:
+        """Match a node, then what is in it."""
+        if id(node) in self.done:
+            return
+        kind = getattr(self, f"on_{type(node).__name__.lower()}", None)
+        if kind is None or not kind(node):
+            self.inside(node)
+
+    def inside(self, node: ast.AST) -> None:
+        """What is in a node; a list of statements is a block."""
+        statement, before = self.statement, self.before
+        for _, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                self.block(value)
+                self.statement, self.before = statement, before
+            elif isinstance(value, list):
+                for item in value:
+                    if isinstance(item, ast.AST):
+                        self.visit(item)
+            elif isinstance(value, ast.AST):
+                self.visit(value)
+
+    def branch(self, nodes: Sequence[ast.AST], knows: Knows, other: Sequence[ast.AST]) -> None:
+        """Visit one branch; nothing is told where the other one thinks of other devices."""
+        outer = self.knows, self.silent
+        if knows:
+            self.knows = knows
+        if knows == "cuda" and any(OTHERS.search(ast.unparse(one)) for one in other):
+            self.silent = True
+        if nodes and isinstance(nodes[0], ast.stmt):
+            self.block([one for one in nodes if isinstance(one, ast.stmt)])
+        else:
+            for one in nodes:
+                self.visit(one)
+        self.knows, self.silent = outer
+
+    def on_if(self, node: ast.If) -> bool:
+        held, failed = asks(node.test, self.scope)
+        self._stop(node, node.test, held, node.body)
+        self._choice_of_two(node, held, failed)
+        self.visit(node.test)
+        others = [*node.orelse]
+        statement, before = self.statement, self.before
+        self.branch(node.body, held, others)
+        self.branch(node.orelse, failed, node.body)
+        self.statement, self.before = statement, before
+        return True
+
+    def on_ifexp(self, node: ast.IfExp) -> bool:
+        held, failed = asks(node.test, self.scope)
+        on, off = (node.body, node.orelse) if held == "cuda" else (node.orelse, node.body)
+        if "cuda" in (held, failed) and self._device(on):
+            if self._device(off, "cpu"):
+                self.match("PAM204", node, ast.unparse(node))
+            self.done |= {id(on), id(off)}
+        self.visit(node.test)
+        self.branch([node.body], held, [node.orelse])
+        self.branch([node.orelse], failed, [node.body])
+        return True
+
+    def on_boolop(self, node: ast.BoolOp) -> bool:
+        outer = self.knows
+        for part in node.values:
+            self.visit(part)
+            held, failed = asks(part, self.scope)
+            self.knows = (held if isinstance(node.op, ast.And) else failed) or self.knows
+        self.knows = outer
+        return True
+
+    def on_while(self, node: ast.While) -> bool:
+        self.visit(node.test)
+        self.branch(node.body, asks(node.test, self.scope)[0], [])
+        self.block(node.orelse)
+        return True
+
+    def on_try(self, node: ast.Try) -> bool:
+        """A short attempt with a way out on other devices is a guard, too."""
+        ways = [handler for handler in node.handlers if not isinstance(handler.body[-1], ast.Raise)]
+        text = " ".join(ast.unparse(handler) for handler in ways)
+        way_out = len(node.body) < 4 and re.search(r"\bcpu\b|\.to\(|mps|xpu", text)
+        self.branch(node.body, "cuda" if way_out else None, [])
+        for handler in node.handlers:
+            self.visit(handler)
+        self.block(node.orelse)
+        self.block(node.finalbody)
+        return True
+
+    def on_functiondef(self, node: AnyFunction) -> bool:
+        for decorator in node.decorator_list:
+            self.decorator = True
+            self.visit(decorator)
+            self.decorator = False
+        self._defaults(node.args)
+        outer = self.scope, self.knows
+        if any(self._needs(decorator) for decorator in node.decorator_list):
+            self.knows = "cuda"
+        self.scope = Scope(node, self.scope)
+        if node.name != "cuda":  # the method itself, as modules have it
+            self.block(node.body)
+        self.scope, self.knows = outer
+        return True
+
+    on_asyncfunctiondef = on_functiondef
+
+    def on_lambda(self, node: ast.Lambda) -> bool:
+        self._defaults(node.args)
+        outer, self.scope = self.scope, Scope(node, self.scope)
+        self.visit(node.body)
+        self.scope = outer
+        return True
+
+    def on_classdef(self, node: ast.ClassDef) -> bool:
+        outer = self.scope, self.knows
+        for part in (*node.decorator_list, *node.bases, *node.keywords):
+            self.visit(part)
+        if any(self._needs(decorator) for decorator in node.decorator_list):
+            self.knows = "cuda"
+        self.scope = Scope(node, self.scope)
+        self.block(node.body)
+        self.scope, self.knows = outer
+        return True
+
+    # Single places.
+
+    def on_import(self, node: ast.Import | ast.ImportFrom) -> bool:
+        module = getattr(node, "module", None)
+        names = [module] if module else [alias.name for alias in node.names]
+        here = not getattr(node, "level", 0)
+        if here and any(name == "apex" or name.startswith("apex.") for name in names):
+            self.match("PAM105", node, "apex")
+        return True
+
+    on_importfrom = on_import
+
+    def on_assert(self, node: ast.Assert) -> bool:
+        if asks(node.test, self.scope)[0] == "cuda" and self._asks_torch(node.test):
+            self.match("PAM601", node, "the assertion")
+            self.done |= {id(one) for one in ast.walk(node.test)}
+        return False
+
+    def on_assign(self, node: ast.Assign | ast.AnnAssign) -> bool:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        name = getattr(targets[0], "id", getattr(targets[0], "attr", ""))
+        if isinstance(node, ast.AnnAssign):
+            self.done.add(id(node.annotation))
+        self._default(name, node.value)
+        if not isinstance(targets[0], ast.Name) or not isinstance(node.value, ast.Attribute):
+            return False
+        # An alias is told where it is used.
+        return self.scope.resolve(node.value) in (*BY_NAME, *SCALER, "torch.cuda.amp.autocast")
+
+    on_annassign = on_assign
+
+    def on_arg(self, node: ast.arg) -> bool:
+        return True  # an annotation runs nothing
+
+    def on_dict(self, node: ast.Dict) -> bool:
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                self._default(key.value, value)
+        return False
+
+    def on_constant(self, node: ast.Constant) -> bool:
+        if isinstance(node.value, str) and re.fullmatch(r"torch\.cuda\.\w+Tensor", node.value):
+            self.match("PAM205", node, node.value)
+        return True
+
+    def on_joinedstr(self, node: ast.JoinedStr) -> bool:
+        return True
+
+    def on_attribute(self, node: ast.Attribute | ast.Name) -> bool:
+        if isinstance(getattr(node, "ctx", None), ast.Store):
+            return False
+        name = self.scope.resolve(node) or ""
+        if self.decorator and name in ("torch.cuda.amp.autocast", "torch.amp.autocast"):
+            self.match("PAM101" if "cuda" in name else "PAM102", node, name)
+        elif re.fullmatch(r"torch\.cuda\.\w+Tensor", name):
+            self.match("PAM205", node, name)
+        elif name in BY_NAME:
+            self.match(BY_NAME[name], node, name)
+        elif name.startswith("torch.cuda.amp.") and name.endswith(("autocast", "GradScaler")):
+            self.match("PAM101" if "autocast" in name else "PAM103", node, name)
+        else:
+            return False
+        return True
+
+    on_name = on_attribute
+
+    def on_subscript(self, node: ast.Subscript) -> bool:
+        if _visible(node.slice) and "environ" in ast.unparse(node.value):
+            self.match("PAM602", node, "CUDA_VISIBLE_DEVICES")
+        return False
+
+    def on_call(self, node: ast.Call) -> bool:
+        name = self.scope.resolve(node.func) or ""
+        first = node.args[0] if node.args else None
+        keywords = {one.arg: one.value for one in node.keywords}
+        code = ""
+        if name == "torch.cuda.amp.autocast":
+            code = "PAM101"
+        elif name == "torch.amp.autocast":
+            code = "PAM102" if is_device(first or keywords.get("device_type")) else ""
+        elif name in SCALER:
+            device = first or keywords.get("device") if name == SCALER[1] else None
+            off = getattr(keywords.get("enabled"), "value", None) is False
+            code = "PAM103" if not off and (device is None or is_device(device)) else ""
+        elif name in ("torch.amp.custom_fwd", "torch.amp.custom_bwd"):
+            code = "PAM104" if is_device(first or keywords.get("device_type")) else ""
+        elif name in ("torch.set_default_tensor_type", "torch.set_default_device"):
+            told = first is not None and re.search(r"\bcuda\b", ast.unparse(first))
+            code = "PAM205" if told else ""
+        elif name == "torch.load":
+            if len(node.args) < 2 and not {"map_location", None} & keywords.keys():
+                code = "PAM502"
+        elif name == "torch.device":
+            code = (
+                "PAM202" if is_device(first or keywords.get("device", keywords.get("type"))) else ""
+            )
+        elif name in BY_NAME:
+            code = BY_NAME[name]
+        if code:
+            self.match(code, node, name)
+            self._mark(node)
+            return False
+        self._method(node, name, keywords)
+        for key, value in keywords.items():
+            self._keyword(node, name, key, value)
+        for one in node.args:
+            if name == "torch.distributed.init_process_group" and _is(one, "nccl"):
+                self.match("PAM401", one, '"nccl"')
+            if _visible(one) and re.search(r"environ|getenv|putenv", ast.unparse(node.func)):
+                self.match("PAM602", node, "CUDA_VISIBLE_DEVICES")
+        return False
+
+    def _method(self, node: ast.Call, name: str, keywords: dict[str | None, ast.expr]) -> None:
+        if not isinstance(node.func, ast.Attribute) or not self.has_torch:
+            return
+        method, home = node.func.attr, self.scope.resolve(node.func.value)
+        if method == "cuda" and not home and not _is_super(node.func.value):
+            self.match("PAM201", node, ".cuda()")
+        elif method == "to" and not home and any(map(is_device, node.args)):
+            self.match("PAM202", next(filter(is_device, node.args)), '.to("cuda")', call=node)
+        elif method == "pin_memory" and not home and not node.args:
+            self.match("PAM503", node, ".pin_memory()")
+        elif method in ("add_argument", "option", "add_option", "Option"):
+            words = [one.value for one in node.args if isinstance(one, ast.Constant)]
+            default = keywords.get("default")
+            self._default(" ".join(map(str, words)).replace("-", "_").replace(" ", "_"), default)
+            if default is not None:
+                self.done.add(id(default))
+
+    def _keyword(self, call: ast.Call, name: str, key: str | None, value: ast.expr) -> None:
+        if key == "map_location" and is_device(value):
+            self.match("PAM501", value, 'map_location="cuda"')
+        elif key in ("device", "device_type") and is_device(value) and self.has_torch:
+            self.match("PAM202", value, f'{key}="cuda"')
+        elif key == "pin_memory" and _is(value, True) and self.has_torch:
+            self.match("PAM503", value, "pin_memory=True", level="info")
+        elif key == "backend" and _is(value, "nccl"):
+            self.match("PAM401", value, '"nccl"')
+
+    def _defaults(self, arguments: ast.arguments) -> None:
+        every = [*arguments.posonlyargs, *arguments.args]
+        pairs = [
+            *zip(every[len(every) - len(arguments.defaults) :], arguments.defaults, strict=True),
+            *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
+        ]
+        self.parameter = True
+        for one, default in pairs:
+            self._default(one.arg, default)
+            if default is not None:
+                self.visit(default)
+        self.parameter = False
+
+    def _default(self, name: str, value: ast.expr | None) -> None:
+        """A variable, parameter or option of that name, with its value."""
+        if value is None or not self.has_torch or id(value) in self.done:
+            return
+        if DEFAULT.search(name) and is_device(value):
+            self.match("PAM203", value, f'{name} = "cuda"')
+        elif "backend" in name and _is(value, "nccl"):
+            self.match("PAM401", value, '"nccl"')
+
+    # What belongs together.
+
+    def match(
+        self,
+        code: str,
+        node: ast.expr | ast.stmt,
+        what: str,
+        level: Level | None = None,
+        call: ast.Call | None = None,
+    ) -> None:
+        """Note a place, unless its branch knows what it does."""
+        if id(node) in self.done:
+            return
+        self.done.add(id(node))
+        if self.silent:
+            return
+        guarded = self.knows == "cuda"
+        told: Level = "info" if guarded else level or RULES[code].level
+        self.found.matches.append(
+            Match(
+                code, node, told, what, self.scope, self.statement, self.before, guarded,
+                self.decorator, self.parameter, call,
+            )
+        )  # fmt: skip
+
+    def _mark(self, call: ast.Call) -> None:
+        """What belongs to a call that was matched is not matched by itself."""
+        self.done.add(id(call.func))
+        for one in (*call.args, *(keyword.value for keyword in call.keywords)):
+            if isinstance(one, ast.Constant):
+                self.done.add(id(one))
+
+    def _device(self, node: ast.expr, kind: str = "cuda") -> bool:
+        if isinstance(node, ast.Call) and self.scope.resolve(node.func) == "torch.device":
+            node = node.args[0] if node.args else node
+        return _is(node, "cpu") if kind == "cpu" else is_device(node)
+
+    def _choice_of_two(self, node: ast.If, held: Knows, failed: Knows) -> None:
+        """`if cuda: device = "cuda"`, `else: device = "cpu"`, is a ternary in four lines."""
+        if len(node.body) != 1 or len(node.orelse) != 1 or "cuda" not in (held, failed):
+            return
+        both = node.body[0], node.orelse[0]
+        values = [one.value for one in both if isinstance(one, ast.Assign)]
+        if len(values) < 2 or not isinstance(node.test, ast.expr):
+            return
+        on, off = values if held == "cuda" else values[::-1]
+        if self._device(on) and self._device(off, "cpu"):
+            self.match("PAM204", node.test, ast.unparse(node.test))
+            self.done |= {id(one) for value in values for one in ast.walk(value)}
+
+    def _stop(self, node: ast.If, test: ast.expr, held: Knows, body: Sequence[ast.stmt]) -> None:
+        last = body[-1]
+        ends = isinstance(last, ast.Raise) or (
+            isinstance(last, ast.Expr)
+            and isinstance(last.value, ast.Call)
+            and ast.unparse(last.value.func) in ("exit", "quit", "sys.exit", "os._exit")
+        )
+        if held == "other" and ends and not _skips(last) and self._asks_torch(test):
+            self.match("PAM601", test, ast.unparse(test))
+
+    def _asks_torch(self, test: ast.AST) -> bool:
+        return any(
+            isinstance(one, ast.Call)
+            and (self.scope.resolve(one.func) or "").startswith("torch.cuda")
+            for one in ast.walk(test)
+        )
+
+    def _needs(self, node: ast.AST) -> bool:
+        """Whether a decorator or mark lets something run only where there is CUDA."""
+        text = ast.unparse(node)
+        return bool(
+            re.search(r"(?i)skip|requires?_|only", text) and re.search(r"(?i)cuda|gpu", text)
+        )
+
+
+def _is(node: ast.AST | None, value: object) -> bool:
+    return (isinstance(node, ast.Constant) and node.value is value) or (
+        isinstance(node, ast.Constant) and isinstance(value, str) and node.value == value
+    )
+
+
+def _visible(node: ast.AST) -> bool:
+    return _is(node, "CUDA_VISIBLE_DEVICES")
+
+
+def _is_super(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+    )
+
+
+def _skips(node: ast.AST) -> bool:
+    return bool(re.search(r"(?i)skip", ast.unparse(node)))

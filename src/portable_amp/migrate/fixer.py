@@ -1,0 +1,195 @@
+"""The fixed text of a file: edits, the imports and the context that they need, and no more."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from portable_amp.migrate.findings import Edit, Finding
+from portable_amp.migrate.names import Scope, own
+from portable_amp.migrate.source import Source
+
+MADE = ("DeviceContext()", "portable_amp.DeviceContext()")
+
+
+def apply(text: str, findings: Sequence[Finding], *, unsafe: bool = False) -> str:
+    """The text with its safe fixes, or all; only the lines concerned change."""
+    chosen = [
+        one
+        for one in findings
+        if one.edits and (one.fix == "safe" or (unsafe and one.fix == "unsafe"))
+    ]
+    edits: list[Edit] = []
+    taken: list[Finding] = []
+    for one in sorted(chosen, key=lambda one: one.edits[0]):
+        # Of two that overlap the outer one waits for the next run, unless they only touch.
+        if not any(_overlap(a, b) for a in one.edits for b in edits):
+            edits += one.edits
+            taken.append(one)
+    if not taken:
+        return text
+    source = Source(text)
+    context = any(one.context for one in taken)
+    name = _free_name(source.tree) if context else ""
+    has = _context_of(source.tree)
+    edits = [edit._replace(new=edit.new.replace("{ctx}", has or name)) for edit in edits]
+    names = {name for one in taken for name in one.imports}
+    make = context and not has
+    if make:
+        names.add("DeviceContext")
+    edits += _imports(source, names, f"{name} = DeviceContext()" if make else "")
+    fixed = put(text, edits)
+    fixed = put(fixed, _unused(Source(text), Source(fixed)))
+    ast.parse(fixed)
+    return fixed
+
+
+def put(text: str, edits: Sequence[Edit]) -> str:
+    """A text with edits that do not overlap."""
+    for edit in sorted(edits, reverse=True, key=lambda edit: (edit.start, edit.end)):
+        text = text[: edit.start] + edit.new + text[edit.end :]
+    return text
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put a file in place of another, whole or not at all, with the rights that it had."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    made = Path(temporary)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        made.chmod(path.stat().st_mode & 0o7777)
+        made.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            made.unlink()
+        raise
+
+
+def _overlap(a: Edit, b: Edit) -> bool:
+    return (a.start < b.end and b.start < a.end) or (a.start == b.start and a.end == b.end)
+
+
+def _free_name(tree: ast.Module) -> str:
+    used = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name)}
+    used |= {one.arg for one in ast.walk(tree) if isinstance(one, ast.arg)}
+    used |= {
+        name for one in ast.walk(tree) for name in Scope(one).bound if isinstance(one, ast.Module)
+    }
+    return next(
+        name for name in ("ctx", "device_ctx", "amp_ctx", "portable_ctx") if name not in used
+    )
+
+
+def _context_of(tree: ast.Module) -> str:
+    """The name of a context that the module makes already."""
+    for one in tree.body:
+        target = one.targets[0] if isinstance(one, ast.Assign) else None
+        made = ast.unparse(one.value) if isinstance(one, ast.Assign) else ""
+        if isinstance(target, ast.Name) and made in MADE:
+            return target.id
+    return ""
+
+
+def _imports(source: Source, names: set[str], context: str) -> list[Edit]:
+    """Edits that import the names, and make the context behind the imports at the top."""
+    ending = (
+        "\r\n"
+        if "\r\n" in source.text
+        else "\r"
+        if "\r" in source.text and "\n" not in source.text
+        else "\n"
+    )
+    top: list[ast.stmt] = []
+    for one in source.tree.body:
+        docstring = isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)
+        shim = isinstance(one, ast.Try) and all(
+            isinstance(inner, (ast.Import, ast.ImportFrom)) for inner in one.body
+        )
+        if (
+            not docstring
+            and not shim
+            and not isinstance(one, (ast.Import, ast.ImportFrom, ast.Pass))
+        ):
+            break
+        top.append(one)
+    while top and isinstance(top[-1], ast.Pass):  # what hides a notebook's magic
+        top.pop()
+    edits = []
+    there = [one for one in top if isinstance(one, ast.ImportFrom) and one.module == "portable_amp"]
+    known = {alias.name for one in there for alias in one.names if not alias.asname}
+    missing = sorted(names - known)
+    line = ""
+    if missing and there and all(not alias.asname for alias in there[0].names):
+        listed = ", ".join(sorted({*missing, *(alias.name for alias in there[0].names)}))
+        edits.append(Edit(*source.span(there[0]), f"from portable_amp import {listed}"))
+    elif missing:
+        line = f"from portable_amp import {', '.join(missing)}"
+    if not line and not context:
+        return edits
+    at = source.line_span(top[-1]) if top else None
+    where = at[1] if at else source.span(top[-1])[1] if top else _after_comments(source.text)
+    new = (f"{line}{ending}" if line else "") + (f"{ending}{context}{ending}" if context else "")
+    if where and source.text[where - 1] not in "\r\n":
+        new = ending + new
+    edits.append(Edit(where, where, new))
+    return edits
+
+
+def _after_comments(text: str) -> int:
+    found = re.match(r"(\ufeff?(#[^\r\n]*)?(\r\n|\r|\n))*", text)
+    return found.end() if found and text.startswith(("#", "\ufeff#")) else 0
+
+
+def _unused(before: Source, after: Source) -> list[Edit]:
+    """Edits that drop torch's names which the fixes left without use."""
+    used = [
+        {one.id for one in ast.walk(source.tree) if isinstance(one, ast.Name)}
+        for source in (before, after)
+    ]
+    gone = used[0] - used[1]
+    text = {one.value for one in ast.walk(after.tree) if isinstance(one, ast.Constant)}
+    edits = []
+    for one in own(after.tree):
+        if not isinstance(one, ast.ImportFrom) or one.module not in (
+            "torch",
+            "torch.amp",
+            "torch.cuda",
+            "torch.cuda.amp",
+        ):
+            continue
+        left = [
+            alias
+            for alias in one.names
+            if (alias.asname or alias.name) not in gone or (alias.asname or alias.name) in text
+        ]
+        lines = after.line_span(one)
+        if len(left) == len(one.names) or (
+            not left and (lines is None or one not in after.tree.body)
+        ):
+            continue
+        if not left and lines:
+            edits.append(Edit(*lines, ""))
+        else:
+            span = after.span(one)
+            for alias in one.names:
+                if alias not in left:
+                    edits.append(_without(after, alias, span[1]))
+    return edits
+
+
+def _without(source: Source, alias: ast.alias, end: int) -> Edit:
+    """Drop one of several imported names, with the comma that goes with it."""
+    start, stop = source.span(alias)
+    comma = re.compile(r"\s*,[ \t]*").match(source.text, stop, end)
+    if comma:
+        return Edit(start, comma.end(), "")
+    before = re.search(r",\s*$", source.text[:start])
+    return Edit(before.start() if before else start, stop, "")

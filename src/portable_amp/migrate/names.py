@@ -1,0 +1,129 @@
+"""What a name means: through imports, aliases, version shims, and what shadows it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+STARRED = {
+    "torch.cuda.amp": ("autocast", "GradScaler", "custom_fwd", "custom_bwd"),
+    "torch.amp": ("autocast", "GradScaler", "custom_fwd", "custom_bwd"),
+}
+# What leads to the same, and the name that torch documents.
+HOMES = (
+    ("torch.cuda.amp.autocast_mode.", "torch.cuda.amp."),
+    ("torch.cuda.amp.grad_scaler.", "torch.cuda.amp."),
+    ("torch.amp.autocast_mode.", "torch.amp."),
+    ("torch.amp.grad_scaler.", "torch.amp."),
+    ("torch.cuda.memory.", "torch.cuda."),
+    ("torch.cuda.random.", "torch.cuda."),
+    ("torch.cuda.streams.", "torch.cuda."),
+    ("torch.serialization.", "torch."),
+    ("torch.nn.parallel.DataParallel", "torch.nn.DataParallel"),
+    ("torch.nn.parallel.data_parallel.DataParallel", "torch.nn.DataParallel"),
+    ("torch.autocast", "torch.amp.autocast"),
+    ("torch.GradScaler", "torch.amp.GradScaler"),
+)
+
+
+def canonical(name: str) -> str:
+    """The name that torch documents for it."""
+    for found, home in HOMES:
+        if name == found or (found.endswith(".") and name.startswith(found)):
+            return home + name[len(found) :]
+    return name
+
+
+def own(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a scope, in order, without those of the functions and classes in it."""
+    body = getattr(node, "body", None)
+    queue = list(reversed(body)) if isinstance(body, list) else []
+    while queue:
+        found = queue.pop()
+        yield found
+        if not isinstance(found, (*FUNCTIONS, ast.ClassDef)):
+            queue += reversed(list(ast.iter_child_nodes(found)))
+
+
+class Scope:
+    """The names that a module, class or function binds, each with all it may stand for."""
+
+    def __init__(self, node: ast.AST, parent: Scope | None = None) -> None:
+        self.parent = parent
+        self.is_class = isinstance(node, ast.ClassDef)
+        self.bound: dict[str, list[str | ast.expr | None]] = {}
+        self.parameters: set[str] = set()
+        if isinstance(node, FUNCTIONS):
+            arguments = node.args
+            every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            every += [one for one in (arguments.vararg, arguments.kwarg) if one]
+            self.parameters = {one.arg for one in every}
+            for name in self.parameters:
+                self._bind(name, None)
+        for one in own(node):
+            self._read(one)
+
+    def resolve(self, node: ast.AST, depth: int = 5) -> str | None:
+        """The full name of what a (dotted) name stands for, if that was imported."""
+        if isinstance(node, ast.Attribute):
+            base = self.resolve(node.value, depth)
+            return canonical(f"{base}.{node.attr}") if base else None
+        if not isinstance(node, ast.Name) or not depth:
+            return None
+        scope = self._home(node.id)
+        for value in scope.bound[node.id] if scope else ():
+            name = value if isinstance(value, str) else None
+            if scope and isinstance(value, (ast.Name, ast.Attribute)):
+                name = scope.resolve(value, depth - 1)
+            if name:
+                return canonical(name)
+        return None
+
+    def value(self, node: ast.AST) -> ast.expr | None:
+        """What a name was set to, if that is one expression."""
+        scope = self._home(node.id) if isinstance(node, ast.Name) else None
+        values = scope.bound[node.id] if scope and isinstance(node, ast.Name) else []
+        return values[0] if len(values) == 1 and isinstance(values[0], ast.expr) else None
+
+    def device_names(self) -> set[str]:
+        """The names in reach that should hold a device."""
+        found: set[str] = set()
+        scope: Scope | None = self
+        while scope:
+            if scope is self or not scope.is_class:
+                found |= {name for name in scope.bound if name.lower() in ("device", "dev")}
+            scope = scope.parent
+        return found
+
+    def _home(self, name: str) -> Scope | None:
+        scope: Scope | None = self
+        while scope and (name not in scope.bound or (scope.is_class and scope is not self)):
+            scope = scope.parent
+        return scope
+
+    def _bind(self, name: str, value: str | ast.expr | None) -> None:
+        self.bound.setdefault(name, []).append(value)
+
+    def _read(self, node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                root = alias.name.partition(".")[0]
+                self._bind(alias.asname or root, alias.name if alias.asname else root)
+        elif isinstance(node, ast.ImportFrom):
+            home = "." * node.level + (node.module or "")
+            for alias in node.names:
+                names = STARRED.get(home, ()) if alias.name == "*" else (alias.name,)
+                for name in names:
+                    self._bind(alias.asname or name, f"{home}.{name}")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            self._bind(node.name, None)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            self._bind(node.targets[0].id, node.value)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            self._bind(node.target.id, node.value)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            if not any(isinstance(one, ast.expr) for one in self.bound.get(node.id, ())):
+                self._bind(node.id, None)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            self._bind(node.name, None)

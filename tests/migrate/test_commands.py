@@ -1,0 +1,221 @@
+"""The two commands: files, notebooks, comments, settings, formats and exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from portable_amp.cli import main
+from portable_amp.migrate import fixer
+from portable_amp.migrate.scan import scan
+
+BAD = "import torch\nx = torch.ones(2).cuda()\n"
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_exit_codes(capsys: Capture) -> None:
+    Path("good.py").write_text("import torch\n")
+    Path("bad.py").write_text(BAD)
+    Path("broken.py").write_text("import torch\nx = .cuda(\n")
+    assert main(["check", "good.py"]) == 0
+    assert main(["check", "bad.py"]) == 1
+    assert capsys.readouterr().out.startswith("bad.py:2:5: PAM201 ")
+    assert main(["check", "."]) == 2  # what is broken is named, and the rest goes on
+    out, err = capsys.readouterr()
+    assert "bad.py:2:5" in out
+    assert err.startswith("portable-amp: broken.py: is no Python, line 2")
+    assert main(["check", "missing.py"]) == 2
+    assert capsys.readouterr().err == "portable-amp: there is no 'missing.py'\n"
+
+
+def test_comments_wave_through(capsys: Capture) -> None:
+    comments = ["# noqa", "# noqa: PAM201", "# noqa: E501, PAM201", "# noqa: PAM202", "# why"]
+    Path("a.py").write_text("import torch\n" + "".join(f"x.cuda()  {one}\n" for one in comments))
+    assert main(["check", "a.py"]) == 1
+    assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == ["5", "6"]
+
+
+def test_settings(capsys: Capture) -> None:
+    Path("pkg").mkdir()
+    for name in ("a.py", "pkg/b.py", "pkg/c.py"):
+        Path(name).write_text(BAD + "torch.load(x)\n")
+    Path("pyproject.toml").write_text(
+        '[tool.portable-amp]\nignore = ["PAM5"]\nexclude = ["c.py"]\n'
+        '[tool.portable-amp.per-file-ignores]\n"pkg/*" = ["PAM201"]\n'
+    )
+    assert main(["check", "."]) == 1
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == ["a.py:2:5"]
+    assert main(["check", ".", "--select", "PAM502", "--ignore", "PAM1"]) == 1
+    assert capsys.readouterr().out.count("PAM502") == 2
+    assert main(["check", ".", "--select", "PAM9"]) == 2
+    assert "'PAM9' is no rule" in capsys.readouterr().err
+    for wrong in ("selct = []", "select = 1", 'ignore = ["X"]', "per-file-ignores = []", "x ="):
+        Path("pyproject.toml").write_text(f"[tool.portable-amp]\n{wrong}\n")
+        assert main(["check", "a.py"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_formats(capsys: Capture) -> None:
+    Path("a,b.py").write_text(BAD)
+    found = {}
+    for layout in ("json", "sarif", "github", "markdown"):
+        assert main(["check", "--format", layout, "a,b.py"]) == 1
+        found[layout] = capsys.readouterr().out
+    (one,) = json.loads(found["json"])
+    keys = "path line column end_line code level message platforms fix"
+    assert list(one) == keys.split()
+    assert (one["code"], one["level"], one["fix"]) == ("PAM201", "error", "safe")
+    (run,) = json.loads(found["sarif"])["runs"]
+    (result,) = run["results"]
+    rule = run["tool"]["driver"]["rules"][result["ruleIndex"]]
+    assert rule["id"] == result["ruleId"] == "PAM201"
+    place = result["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "a%2Cb.py"
+    assert place["region"] == {"startLine": 2, "startColumn": 5, "endLine": 2}
+    assert found["github"].startswith("::error file=a%2Cb.py,line=2,endLine=2,col=5,title=PAM201::")
+    assert "| 2 | PAM201 | error | works | works | crashes | crashes |" in found["markdown"]
+
+
+def test_what_is_no_part_of_a_project_is_left_out(capsys: Capture) -> None:
+    for folder in (".hidden", "__pycache__", "env"):
+        Path(folder).mkdir()
+        Path(folder, "a.py").write_text(BAD)
+    Path("env/pyvenv.cfg").touch()
+    Path("link.py").symlink_to(".hidden/a.py")
+    assert main(["check", "."]) == 0
+    assert main(["fix", "link.py"]) == 2
+    assert "symbolic link" in capsys.readouterr().err
+    assert Path(".hidden/a.py").read_text() == BAD
+
+
+def test_fix_and_its_diff(capsys: Capture) -> None:
+    Path("a.py").write_text(BAD)
+    Path("a.py").chmod(0o751)
+    assert main(["fix", "--diff", "a.py"]) == 1
+    assert "+x = torch.ones(2).to(ctx.device)\n" in capsys.readouterr().out
+    assert Path("a.py").read_text() == BAD
+    assert main(["fix", "a.py"]) == 0
+    fixed = Path("a.py").read_text()
+    assert fixed == (
+        "import torch\nfrom portable_amp import DeviceContext\n\nctx = DeviceContext()\n"
+        "x = torch.ones(2).to(ctx.device)\n"
+    )
+    assert Path("a.py").stat().st_mode & 0o777 == 0o751
+    assert main(["fix", "--diff", "--unsafe-fixes", "a.py"]) == 0
+    assert [path.name for path in Path().iterdir()] == ["a.py"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        BAD.replace("\n", "\r\n").encode(),
+        ("\ufeff" + BAD).encode(),
+        b"# -*- coding: latin-1 -*-\nimport torch\nx = '\xe4'; y.cuda()\t# \xf6  \n\t",
+        "import torch\nif x:\n\ty.cuda( )  # 写真\n\ts = 'a'".encode(),
+    ],
+    ids=["crlf", "mark", "latin", "tabs"],
+)
+def test_all_other_bytes_stay(data: bytes) -> None:
+    Path("a.py").write_bytes(data)
+    assert main(["fix", "a.py"]) == 0
+    fixed = Path("a.py").read_bytes()
+    assert fixed != data
+    end = b"\r\n" if b"\r\n" in data else b"\n"
+    context = end + b"ctx = DeviceContext()" + end
+    for new in (b"from portable_amp import DeviceContext" + end, context):
+        assert fixed.count(new) == 1
+        fixed = fixed.replace(new, b"")
+    for new, old in ((b".to(ctx.device)", b".cuda()"), (b".to(ctx.device )", b".cuda( )")):
+        fixed = fixed.replace(new, old)
+    assert fixed == data
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def given(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    given(BAD)
+    assert main(["check", "-", "--stdin-filename", "cell.py"]) == 1
+    assert capsys.readouterr().out.startswith("cell.py:2:5: PAM201")
+    given("x = .")
+    assert main(["check", "-"]) == 0  # nothing in it could be tied to CUDA
+    given("cuda = .")
+    assert main(["check", "-"]) == 2
+
+
+@pytest.mark.parametrize("indent", [1, 2])
+def test_notebooks(indent: int, capsys: Capture) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["x.cuda()"]},
+        {"cell_type": "code", "source": ["%pip install torch\n", "import torch"]},
+        {"cell_type": "code", "source": ["%%bash\n", "echo cuda"]},
+        {"cell_type": "code", "source": "x = torch.ones(2).cuda()\n!nvidia-smi\nx.mean?"},
+    ]
+    text = json.dumps({"cells": cells, "ä": 1}, indent=indent, ensure_ascii=False) + "\n"
+    Path("a.ipynb").write_text(text, "utf-8")
+    assert main(["check", "."]) == 1
+    assert capsys.readouterr().out.startswith("a.ipynb:cell 4:1:5: PAM201")
+    assert main(["fix", "a.ipynb"]) == 0
+    fixed = Path("a.ipynb").read_text("utf-8")
+    after = json.loads(fixed)["cells"]
+    assert after[3]["source"] == "x = torch.ones(2).to(ctx.device)\n!nvidia-smi\nx.mean?"
+    first = "".join(after[1]["source"])
+    assert first.startswith("%pip install torch\nimport torch\nfrom portable_amp")
+    assert [after[0], after[2]] == [cells[0], cells[2]]
+    assert fixed.endswith('"ä": 1\n}\n')
+
+
+def test_an_interrupted_write_leaves_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.py").write_text(BAD)
+
+    def stop(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
+    assert main(["fix", "a.py"]) == 130
+    assert Path("a.py").read_text() == BAD
+    assert [path.name for path in Path().iterdir()] == ["a.py"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            "with autocast(False, torch.float16): pass",
+            "with maybe_autocast(ctx.device, enabled=False, dtype=torch.float16): pass",
+        ),
+        (
+            "with autocast( (True), (torch.float16) ): pass",
+            "with maybe_autocast(ctx.device,  enabled=(True), dtype=(torch.float16) ): pass",
+        ),
+        ("s = GradScaler(2.0, enabled=a)", "s = ScalerShim(ctx.device, init_scale=2.0, enabled=a)"),
+        (
+            "with torch.autocast('cuda', enabled=a): pass",
+            "with maybe_autocast(ctx.device, enabled=a): pass",
+        ),
+        ("x = x.cuda(non_blocking=True)", "x = ctx.to(x)"),
+        ("x = x.to('cuda', non_blocking=True)", "x = ctx.to(x)"),
+        ("x = x.cuda(1)", "x = x.cuda(1)"),
+        ("x = x.to('cuda:1')", "x = x.to('cuda:1')"),
+        ("torch.cuda.manual_seed(1)", "torch.cuda.manual_seed(1)"),
+        ("torch.manual_seed(1)\ntorch.cuda.manual_seed(1)", "torch.manual_seed(1)"),
+        ("def f(x, device):\n    return x.cuda()", "def f(x, device):\n    return x.to(device)"),
+    ],
+)
+def test_what_fix_writes(before: str, after: str) -> None:
+    head = (
+        "import torch\nfrom torch.cuda.amp import GradScaler, autocast\nuse = GradScaler, autocast"
+    )
+    text = f"{head}\n{before}\n"
+    fixed = fixer.apply(text, scan(text))
+    assert fixed.endswith("\n" + after + "\n")
+    assert fixer.apply(fixed, scan(fixed)) == fixed

@@ -1,0 +1,212 @@
+"""What is found, and above all what is not: each line ends with the codes that it has to have."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from portable_amp.migrate.rules import RULES
+from portable_amp.migrate.scan import scan
+
+PROGRAMS = {
+    "autocast": """
+import torch
+import torch.cuda.amp as camp
+from torch import amp, autocast, cuda
+from torch.cuda.amp import autocast as fast, GradScaler as GS
+from torch.cuda import amp as old
+with torch.cuda.amp.autocast(): pass  # PAM101
+with camp.autocast(False): pass  # PAM101
+with fast(enabled=True): pass  # PAM101
+with old.autocast(): pass  # PAM101
+with cuda.amp.autocast(): pass  # PAM101
+with torch.autocast("cuda"): pass  # PAM102
+with autocast(device_type="cuda", dtype=torch.bfloat16): pass  # PAM102
+with amp.autocast(f"cuda:{0}"): pass  # PAM102
+with torch.autocast("cpu"): pass
+with torch.autocast(kind): pass
+with autocast(device_type=device.type): pass
+scaler = GS()  # PAM103
+scaler = torch.amp.GradScaler()  # PAM103
+scaler = torch.amp.GradScaler("cuda", enabled=flag)  # PAM103
+scaler = torch.amp.GradScaler("cpu")
+scaler = torch.amp.GradScaler(device=kind)
+scaler.scale(loss).backward()
+scaler.step(optimizer)
+torch.is_autocast_enabled("cuda")
+""",
+    "aliases": """
+import torch
+try:
+    from torch.amp import autocast
+except ImportError:
+    from torch.cuda.amp import autocast
+empty = torch.cuda.empty_cache
+empty()  # PAM301
+with autocast("cuda"): pass  # PAM102
+def shadowed(autocast, torch):
+    with autocast("cuda"): pass
+    torch.cuda.empty_cache()
+""",
+    "decorators": """
+import torch
+from torch.cuda.amp import autocast, custom_fwd
+@autocast()  # PAM101
+def one(x): ...
+@torch.autocast("cuda")  # PAM102
+def two(x): ...
+@autocast  # PAM101
+def three(x): ...
+@custom_fwd  # PAM104
+def four(x): ...
+""",
+    "devices": """
+import argparse
+import torch
+model = torch.nn.Linear(2, 2).cuda()  # PAM201
+x = x.cuda(non_blocking=True)  # PAM201
+x = x.to("cuda")  # PAM202
+x = x.to(device="cuda:0")  # PAM202
+x = x.to("cuda:%d" % rank)  # PAM202
+x = torch.zeros(2, device=f"cuda:{rank}")  # PAM202
+where = torch.device("cuda")  # PAM202
+x.to(torch.device("cuda", 1))  # PAM202
+device = "cuda"  # PAM203
+self.device: str = "cuda"  # PAM203
+settings = {"device": "cuda", "name": "cuda"}  # PAM203
+def run(x, device="cuda"): ...  # PAM203
+parser.add_argument("--device", default="cuda", help="cuda or cpu")  # PAM203
+parser.add_argument("--backend", default="cuda")
+device = "cuda" if torch.cuda.is_available() else "cpu"  # PAM204
+device = torch.device("cpu" if not torch.cuda.is_available() else "cuda:0")  # PAM204
+device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+x = x.cpu().to("cpu").to(device).to(torch.float16)
+mode = "cuda"
+cuda = True
+print("cuda", f"on cuda:{rank}")
+class Net(torch.nn.Module):
+    def cuda(self, device=None):
+        return super().cuda(device)
+""",
+    "calls": """
+import os
+import torch
+import torch.distributed as dist
+from apex import amp  # PAM105
+x = torch.cuda.FloatTensor(2)  # PAM205
+x.type("torch.cuda.HalfTensor")  # PAM205
+torch.set_default_device("cuda")  # PAM205
+torch.set_default_device("cpu")
+torch.cuda.empty_cache()  # PAM301
+torch.cuda.synchronize()  # PAM302
+torch.cuda.max_memory_allocated()  # PAM303
+torch.cuda.manual_seed_all(0)  # PAM304
+start = torch.cuda.Event(enable_timing=True)  # PAM305
+with torch.cuda.stream(side): pass  # PAM305
+torch.cuda.set_device(0)  # PAM306
+with torch.cuda.device(0): pass  # PAM306
+torch.cuda.get_device_name(0)  # PAM307
+dist.init_process_group("nccl")  # PAM401
+dist.init_process_group(backend="nccl")  # PAM401
+dist.init_process_group(backend="gloo")
+model = torch.nn.DataParallel(model)  # PAM402
+n = torch.cuda.device_count()  # PAM402
+state = torch.load(path, map_location="cuda:0")  # PAM501
+state = torch.load(path)  # PAM502
+state = torch.load(path, "cpu")
+state = torch.load(path, map_location=device)
+state = torch.load(path, **options)
+loader = DataLoader(data, pin_memory=True)  # PAM503
+loader = DataLoader(data, pin_memory=False)
+x = x.pin_memory()  # PAM503
+assert torch.cuda.is_available(), "no GPU"  # PAM601
+os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # PAM602
+try: step()
+except torch.cuda.OutOfMemoryError: pass  # PAM602
+torch.backends.cudnn.benchmark = True
+torch.backends.cuda.matmul.allow_tf32 = True
+torch.manual_seed(0)
+""",
+    "guards": """
+import torch
+use_cuda = torch.cuda.is_available()
+if torch.cuda.is_available():
+    x = x.cuda()  # PAM201 info
+    torch.cuda.synchronize()  # PAM302 info
+else:
+    x = x.cuda()  # PAM201 error
+if use_cuda:
+    x = x.cuda()  # PAM201 info
+if device.type == "cuda" and fast:
+    torch.cuda.empty_cache()
+elif device.type == "mps":
+    torch.mps.empty_cache()
+if device.type == "cuda":
+    torch.cuda.empty_cache()
+elif device.type == "xpu":
+    torch.xpu.empty_cache()
+if not torch.cuda.is_available():  # PAM601 error
+    raise SystemExit("no")
+if args.no_cuda:
+    x = x.cuda()  # PAM201 error
+else:
+    x = x.cuda()  # PAM201 info
+x = x.cuda() if x.is_cuda else x  # PAM201 info
+name = torch.cuda.is_available() and torch.cuda.get_device_name()  # PAM307 info
+try:
+    model.cuda()  # PAM201 info
+except RuntimeError:
+    model.to("cpu")
+def leave():
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()  # PAM302 info
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="")
+def test():
+    x.cuda()  # PAM201 info
+""",
+    "no torch": """
+import numba.cuda
+from pycuda import driver
+x = model.to("cuda")
+device = "cuda"
+numba.cuda.synchronize()
+""",
+}
+
+
+def expected(text: str) -> list[tuple[int, str]]:
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        for code, level in re.findall(r"(PAM\d+)(?: (\w+))?", line):
+            found.append((number, f"{code} {level}".strip()))
+    return found
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_is_found(name: str) -> None:
+    text = PROGRAMS[name]
+    wanted = expected(text)
+    levels = {place: " " in code for place, code in wanted}
+    found = [
+        (one.line, f"{one.code} {one.level}" if levels.get(one.line) else one.code)
+        for one in scan(text)
+    ]
+    assert found == wanted
+
+
+def test_every_rule_is_among_the_examples() -> None:
+    assert {code for text in PROGRAMS.values() for code in re.findall(r"PAM\d+", text)} == set(
+        RULES
+    )
+
+
+def test_positions_count_code_points() -> None:
+    (one,) = scan("import torch\ns = 'äöü写真'; x = y.cuda(\n)\n")
+    assert (one.line, one.column, one.end_line, one.code) == (2, 18, 3, "PAM201")
+
+
+def test_what_is_no_python_is_refused() -> None:
+    with pytest.raises(SyntaxError):
+        scan("import torch\nx = .cuda(\n")
