@@ -7,40 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from portable_amp.migrate.apis import BY_NAME
 from portable_amp.migrate.findings import Level
 from portable_amp.migrate.guards import OTHERS, Knows, asks, is_device
 from portable_amp.migrate.names import Scope
 from portable_amp.migrate.rules import RULES
 from portable_amp.migrate.source import Source
 
-MEMORY = {
-    *("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"),
-    *("memory_cached", "max_memory_cached", "reset_peak_memory_stats", "mem_get_info"),
-    *("reset_max_memory_allocated", "reset_max_memory_cached", "memory_summary", "memory_stats"),
-    *("memory_snapshot", "set_per_process_memory_fraction", "reset_accumulated_memory_stats"),
-}
-BY_NAME = {
-    **dict.fromkeys(("torch.cuda.amp.custom_fwd", "torch.cuda.amp.custom_bwd"), "PAM104"),
-    **{f"torch.cuda.{name}": "PAM303" for name in MEMORY},
-    **dict.fromkeys(("torch.cuda.manual_seed", "torch.cuda.manual_seed_all"), "PAM304"),
-    **dict.fromkeys(("torch.cuda.seed", "torch.cuda.seed_all"), "PAM304"),
-    **{
-        f"torch.cuda.{name}": "PAM305"
-        for name in ("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream",
-                     "default_stream", "make_graphed_callables", "ExternalStream")
-    },
-    **{f"torch.cuda.{name}": "PAM306" for name in ("set_device", "device", "device_of")},
-    **{
-        f"torch.cuda.{name}": "PAM307"
-        for name in ("get_device_name", "get_device_capability", "get_device_properties",
-                     "current_device", "get_rng_state", "get_rng_state_all", "set_rng_state",
-                     "set_rng_state_all", "can_device_access_peer", "get_arch_list")
-    },
-    **dict.fromkeys(("torch.cuda.device_count", "torch.nn.DataParallel"), "PAM402"),
-    "torch.cuda.empty_cache": "PAM301",
-    "torch.cuda.synchronize": "PAM302",
-    "torch.cuda.OutOfMemoryError": "PAM602",
-}  # fmt: skip
 SCALER = ("torch.cuda.amp.GradScaler", "torch.amp.GradScaler")
 BRINGS_TORCH = re.compile(
     r"(^|\W|_)(torch\w*|timm|transformers|diffusers|lightning\w*|accelerate|monai|kornia|fastai|ignite"
@@ -108,7 +81,7 @@ class _Walk:
             BRINGS_TORCH.search(f"{getattr(one, 'module', '')} {alias.name}")
             for one in imports
             for alias in one.names
-        )
+        ) or any(isinstance(one, ast.Name) and one.id == "torch" for one in ast.walk(source.tree))
         marks = [n for n in source.tree.body if isinstance(n, ast.Assign)]
         if any(getattr(n.targets[0], "id", "") == "pytestmark" and self._needs(n) for n in marks):
             self.knows = "cuda"
@@ -165,15 +138,27 @@ class _Walk:
                 self.visit(one)
         self.knows, self.silent = outer
 
+    def either(self, *ways: tuple[Sequence[ast.AST], Knows, Sequence[ast.AST]]) -> None:
+        """Branches; what one of them does portably, the others do for other versions of torch."""
+        told = []
+        for nodes, knows, other in ways:
+            start = len(self.found.matches)
+            self.branch(nodes, knows, other)
+            told.append((nodes, self.found.matches[start:]))
+        free = (node for nodes, matches in told if not matches for node in nodes)
+        walked = (one for node in free for one in ast.walk(node))
+        portable = {_leaf(one.func) for one in walked if isinstance(one, ast.Call)}
+        for match in (match for _, matches in told for match in matches):
+            if match.what.rpartition(".")[2] in portable:
+                match.level, match.guarded = "info", True
+
     def on_if(self, node: ast.If) -> bool:
         held, failed = asks(node.test, self.scope)
         self._stop(node, node.test, held, node.body)
         self._choice_of_two(node, held, failed)
         self.visit(node.test)
-        others = [*node.orelse]
         statement, before = self.statement, self.before
-        self.branch(node.body, held, others)
-        self.branch(node.orelse, failed, node.body)
+        self.either((node.body, held, node.orelse), (node.orelse, failed, node.body))
         self.statement, self.before = statement, before
         return True
 
@@ -185,8 +170,7 @@ class _Walk:
                 self.match("PAM204", node, ast.unparse(node))
             self.done |= {id(on), id(off)}
         self.visit(node.test)
-        self.branch([node.body], held, [node.orelse])
-        self.branch([node.orelse], failed, [node.body])
+        self.either(([node.body], held, [node.orelse]), ([node.orelse], failed, [node.body]))
         return True
 
     def on_boolop(self, node: ast.BoolOp) -> bool:
@@ -208,10 +192,14 @@ class _Walk:
         """A short attempt with a way out on other devices is a guard, too."""
         ways = [handler for handler in node.handlers if not isinstance(handler.body[-1], ast.Raise)]
         text = " ".join(ast.unparse(handler) for handler in ways)
-        way_out = len(node.body) < 4 and re.search(r"\bcpu\b|\.to\(|mps|xpu", text)
-        self.branch(node.body, "cuda" if way_out else None, [])
+        way_out = len(node.body) < 4 and bool(re.search(r"\bcpu\b|\.to\(|mps|xpu", text))
+        if ways and isinstance(node.body[0], (ast.Import, ast.ImportFrom)):
+            way_out = any(_catches_imports(handler) for handler in ways)
+        handlers = [(handler.body, None, ()) for handler in node.handlers]
+        self.either((node.body, "cuda" if way_out else None, ()), *handlers)
         for handler in node.handlers:
-            self.visit(handler)
+            if handler.type:
+                self.visit(handler.type)
         self.block(node.orelse)
         self.block(node.finalbody)
         return True
@@ -219,6 +207,7 @@ class _Walk:
     def on_functiondef(self, node: AnyFunction) -> bool:
         for decorator in node.decorator_list:
             self.decorator = True
+            self.done |= {id(one) for one in getattr(decorator, "args", ())}
             self.visit(decorator)
             self.decorator = False
         self._defaults(node.args)
@@ -307,6 +296,8 @@ class _Walk:
             self.match("PAM101" if "cuda" in name else "PAM102", node, name)
         elif re.fullmatch(r"torch\.cuda\.\w+Tensor", name):
             self.match("PAM205", node, name)
+        elif name == "torch.nn.DataParallel":
+            return True  # asked about, not used
         elif name in BY_NAME:
             self.match(BY_NAME[name], node, name)
         elif name.startswith("torch.cuda.amp.") and name.endswith(("autocast", "GradScaler")):
@@ -353,6 +344,9 @@ class _Walk:
             self.match(code, node, name)
             self._mark(node)
             return False
+        if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+            asked = (one for kind in node.args[1:] for one in ast.walk(kind))
+            self.done |= {id(one) for one in asked if _leaf(one) in ("autocast", "GradScaler")}
         self._method(node, name, keywords)
         for key, value in keywords.items():
             self._keyword(node, name, key, value)
@@ -364,25 +358,31 @@ class _Walk:
         return False
 
     def _method(self, node: ast.Call, name: str, keywords: dict[str | None, ast.expr]) -> None:
-        if not isinstance(node.func, ast.Attribute) or not self.has_torch:
+        if _leaf(node.func) in ("get", "getattr", "getenv") and len(node.args) in (2, 3):
+            key, otherwise = node.args[-2:]
+            if isinstance(key, ast.Constant):
+                self._default(str(key.value), otherwise)
+        if not isinstance(node.func, ast.Attribute):
             return
         method, home = node.func.attr, self.scope.resolve(node.func.value)
         if method == "cuda" and not home and not _is_super(node.func.value):
-            self.match("PAM201", node, ".cuda()")
-        elif method == "to" and not home and any(map(is_device, node.args)):
+            if self.has_torch or not node.args:
+                self.match("PAM201", node, ".cuda()")
+        elif method == "to" and not home and self.has_torch and any(map(is_device, node.args)):
             self.match("PAM202", next(filter(is_device, node.args)), '.to("cuda")', call=node)
-        elif method == "pin_memory" and not home and not node.args:
-            self.match("PAM503", node, ".pin_memory()")
+        elif method == "pin_memory" and not home and self.has_torch and not node.args:
+            self.match("PAM503", node, ".pin_memory()", level="error")
         elif method in ("add_argument", "option", "add_option", "Option"):
             words = [one.value for one in node.args if isinstance(one, ast.Constant)]
             default = keywords.get("default")
-            self._default(" ".join(map(str, words)).replace("-", "_").replace(" ", "_"), default)
-            if default is not None:
-                self.done.add(id(default))
+            option = " ".join(map(str, words)).replace("-", "_").replace(" ", "_")
+            self._default(option, default, sure=True)
 
     def _keyword(self, call: ast.Call, name: str, key: str | None, value: ast.expr) -> None:
         if key == "map_location" and is_device(value):
             self.match("PAM501", value, 'map_location="cuda"')
+        elif name == "torch.random.fork_rng":
+            return  # told the devices whose state it keeps, it touches no other
         elif key in ("device", "device_type") and is_device(value) and self.has_torch:
             self.match("PAM202", value, f'{key}="cuda"')
         elif key == "pin_memory" and _is(value, True) and self.has_torch:
@@ -403,11 +403,11 @@ class _Walk:
                 self.visit(default)
         self.parameter = False
 
-    def _default(self, name: str, value: ast.expr | None) -> None:
+    def _default(self, name: str, value: ast.expr | None, *, sure: bool = False) -> None:
         """A variable, parameter or option of that name, with its value."""
-        if value is None or not self.has_torch or id(value) in self.done:
+        if value is None or not (self.has_torch or sure) or id(value) in self.done:
             return
-        if DEFAULT.search(name) and is_device(value):
+        if DEFAULT.search(name) and (self._device(value) if self.parameter else is_device(value)):
             self.match("PAM203", value, f'{name} = "cuda"')
         elif "backend" in name and _is(value, "nccl"):
             self.match("PAM401", value, '"nccl"')
@@ -491,6 +491,15 @@ def _is(node: ast.AST | None, value: object) -> bool:
     return (isinstance(node, ast.Constant) and node.value is value) or (
         isinstance(node, ast.Constant) and isinstance(value, str) and node.value == value
     )
+
+
+def _leaf(node: ast.AST) -> str:
+    return str(getattr(node, "attr", getattr(node, "id", "")))
+
+
+def _catches_imports(handler: ast.ExceptHandler) -> bool:
+    caught = ast.unparse(handler.type) if handler.type else "Exception"
+    return bool(re.search("Import|ModuleNotFound|Exception", caught))
 
 
 def _visible(node: ast.AST) -> bool:

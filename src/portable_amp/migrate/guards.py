@@ -85,7 +85,8 @@ def _compares(test: ast.Compare, scope: Scope) -> tuple[Knows, Knows]:
         more = isinstance(op, (ast.Gt, ast.GtE))
         return (("cuda", None) if more else (None, "cuda")) if counts else (None, None)
     for side, counterpart in (sides, sides[::-1]):
-        if is_device(side) and not isinstance(counterpart, ast.Constant):
+        named = is_device(side) or getattr(side, "value", None) == "gpu"
+        if named and not isinstance(counterpart, ast.Constant):
             return ("cuda", "other") if same else ("other", "cuda")
         # Who asks whether it is not the CPU has thought of more than CUDA.
         if isinstance(side, ast.Constant) and side.value == "cpu":

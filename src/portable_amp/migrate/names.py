@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -72,13 +73,16 @@ class Scope:
         if not isinstance(node, ast.Name) or not depth:
             return None
         scope = self._home(node.id)
-        for value in scope.bound[node.id] if scope else ():
+        if scope is None:  # a star import brought it, or another cell
+            return node.id if node.id == "torch" else None
+        found = []
+        for value in scope.bound[node.id]:
             name = value if isinstance(value, str) else None
-            if scope and isinstance(value, (ast.Name, ast.Attribute)):
+            if isinstance(value, (ast.Name, ast.Attribute)):
                 name = scope.resolve(value, depth - 1)
-            if name:
-                return canonical(name)
-        return None
+            found += [canonical(name)] if name else []
+        elsewhere = any(re.match(r"torch\.(mps|xpu|npu|mlu|musa|hpu)\b", name) for name in found)
+        return found[0] if found and not elsewhere else None
 
     def value(self, node: ast.AST) -> ast.expr | None:
         """What a name was set to, if that is one expression."""
