@@ -197,7 +197,7 @@ def test_an_interrupted_write_leaves_the_file(monkeypatch: pytest.MonkeyPatch) -
             "with autocast( (True), (torch.float16) ): pass",
             "with maybe_autocast(ctx.device,  enabled=(True), dtype=(torch.float16) ): pass",
         ),
-        ("s = GradScaler(2.0, enabled=a)", "s = ScalerShim(ctx.device, init_scale=2.0, enabled=a)"),
+        ("s = GradScaler(2.0, enabled=a)", "s = ScalerShim(ctx.device, 2.0, enabled=a)"),
         (
             "with torch.autocast('cuda', enabled=a): pass",
             "with maybe_autocast(ctx.device, enabled=a): pass",

@@ -40,7 +40,7 @@ class Match:
     decorator: bool = False
     parameter: bool = False
     call: ast.Call | None = None
-    """The `.to(...)` whose argument it is."""
+    """The `.to(...)` or `torch.device(...)` whose argument it is, or the function it is given."""
 
 
 @dataclass
@@ -50,6 +50,8 @@ class Found:
     source: Source
     scope: Scope
     matches: list[Match] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
+    """Types that isinstance is asked about."""
 
 
 def detect(text: str) -> Found:
@@ -345,8 +347,13 @@ class _Walk:
             self._mark(node)
             return False
         if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
-            asked = (one for kind in node.args[1:] for one in ast.walk(kind))
+            asked = [one for kind in node.args[1:] for one in ast.walk(kind)]
+            self.found.asked |= {self.scope.resolve(one) or "" for one in asked}
             self.done |= {id(one) for one in asked if _leaf(one) in ("autocast", "GradScaler")}
+        if name == "torch.device" and isinstance(first, ast.IfExp) and len(node.args) == 1:
+            self.visit(first)
+            if self.found.matches and self.found.matches[-1].node is first:
+                self.found.matches[-1].call = node
         self._method(node, name, keywords)
         for key, value in keywords.items():
             self._keyword(node, name, key, value)
@@ -368,6 +375,7 @@ class _Walk:
         if method == "cuda" and not home and not _is_super(node.func.value):
             if self.has_torch or not node.args:
                 self.match("PAM201", node, ".cuda()")
+                self.done |= {id(value) for value in keywords.values() if is_device(value)}
         elif method == "to" and not home and self.has_torch and any(map(is_device, node.args)):
             self.match("PAM202", next(filter(is_device, node.args)), '.to("cuda")', call=node)
         elif method == "pin_memory" and not home and self.has_torch and not node.args:
@@ -384,7 +392,7 @@ class _Walk:
         elif name == "torch.random.fork_rng":
             return  # told the devices whose state it keeps, it touches no other
         elif key in ("device", "device_type") and is_device(value) and self.has_torch:
-            self.match("PAM202", value, f'{key}="cuda"')
+            self.match("PAM202", value, f'{key}="cuda"', call=call)
         elif key == "pin_memory" and _is(value, True) and self.has_torch:
             self.match("PAM503", value, "pin_memory=True", level="info")
         elif key == "backend" and _is(value, "nccl"):

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from portable_amp.migrate.findings import Edit, Finding
-from portable_amp.migrate.names import Scope, own
+from portable_amp.migrate.names import own
 from portable_amp.migrate.source import Source
 
 MADE = ("DeviceContext()", "portable_amp.DeviceContext()")
+CONTEXTS = ("ctx", "device_ctx", "amp_ctx", "portable_ctx", "portable_amp_ctx")
 
 
 def apply(text: str, findings: Sequence[Finding], *, unsafe: bool = False) -> str:
@@ -35,14 +36,17 @@ def apply(text: str, findings: Sequence[Finding], *, unsafe: bool = False) -> st
         return text
     source = Source(text)
     context = any(one.context for one in taken)
-    name = _free_name(source.tree) if context else ""
-    has = _context_of(source.tree)
-    edits = [edit._replace(new=edit.new.replace("{ctx}", has or name)) for edit in edits]
-    names = {name for one in taken for name in one.imports}
-    make = context and not has
-    if make:
-        names.add("DeviceContext")
-    edits += _imports(source, names, f"{name} = DeviceContext()" if make else "")
+    name = _context_of(source.tree)
+    make = context and not name
+    needed = {name for one in taken for name in one.imports} | (
+        {"DeviceContext"} if make else set()
+    )
+    used, known = _names(source.tree)
+    local = {one: known.get(one, f"portable_{one}" if one in used else one) for one in needed}
+    name = name or next(one for one in CONTEXTS if one not in used)
+    for old, new in (("ctx", name), *local.items()):
+        edits = [edit._replace(new=edit.new.replace(f"{{{old}}}", new)) for edit in edits]
+    edits += _imports(source, local, f"{name} = {local['DeviceContext']}()" if make else "")
     fixed = put(text, edits)
     fixed = put(fixed, _unused(Source(text), Source(fixed)))
     ast.parse(fixed)
@@ -77,15 +81,20 @@ def _overlap(a: Edit, b: Edit) -> bool:
     return (a.start < b.end and b.start < a.end) or (a.start == b.start and a.end == b.end)
 
 
-def _free_name(tree: ast.Module) -> str:
-    used = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name)}
-    used |= {one.arg for one in ast.walk(tree) if isinstance(one, ast.arg)}
-    used |= {
-        name for one in ast.walk(tree) for name in Scope(one).bound if isinstance(one, ast.Module)
-    }
-    return next(
-        name for name in ("ctx", "device_ctx", "amp_ctx", "portable_ctx") if name not in used
-    )
+def _names(tree: ast.Module) -> tuple[set[str], dict[str, str]]:
+    """The names that a module uses anywhere, and what it took from portable_amp already."""
+    used: set[str] = set()
+    known: dict[str, str] = {}
+    for one in ast.walk(tree):
+        if isinstance(one, ast.ImportFrom) and one.module == "portable_amp":
+            known |= {alias.name: alias.asname or alias.name for alias in one.names}
+        elif isinstance(one, (ast.Import, ast.ImportFrom)):
+            used |= {(alias.asname or alias.name).partition(".")[0] for alias in one.names}
+        elif isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            used.add(one.name)
+        else:
+            used.add(str(getattr(one, "id", getattr(one, "arg", ""))))
+    return used, known
 
 
 def _context_of(tree: ast.Module) -> str:
@@ -98,8 +107,8 @@ def _context_of(tree: ast.Module) -> str:
     return ""
 
 
-def _imports(source: Source, names: set[str], context: str) -> list[Edit]:
-    """Edits that import the names, and make the context behind the imports at the top."""
+def _imports(source: Source, names: dict[str, str], context: str) -> list[Edit]:
+    """Edits that import names under other names, and make the context, below the imports."""
     ending = (
         "\r\n"
         if "\r\n" in source.text
@@ -124,16 +133,26 @@ def _imports(source: Source, names: set[str], context: str) -> list[Edit]:
         top.pop()
     edits = []
     there = [one for one in top if isinstance(one, ast.ImportFrom) and one.module == "portable_amp"]
-    known = {alias.name for one in there for alias in one.names if not alias.asname}
-    missing = sorted(names - known)
+    known = {(alias.name, alias.asname or alias.name) for one in there for alias in one.names}
+    missing = names.items() - known
     line = ""
-    if missing and there and all(not alias.asname for alias in there[0].names):
-        listed = ", ".join(sorted({*missing, *(alias.name for alias in there[0].names)}))
-        edits.append(Edit(*source.span(there[0]), f"from portable_amp import {listed}"))
-    elif missing:
-        line = f"from portable_amp import {', '.join(missing)}"
+    if missing:
+        if there:
+            missing |= {(alias.name, alias.asname or alias.name) for alias in there[0].names}
+        listed = (
+            name if name == local else f"{name} as {local}" for name, local in sorted(missing)
+        )
+        line = f"from portable_amp import {', '.join(listed)}"
+        if there:
+            edits.append(Edit(*source.span(there[0]), line))
+            line = ""
     if not line and not context:
         return edits
+    shared = re.match(r"[ \t]*;[ \t]*", source.text[source.span(top[-1])[1] :]) if top else None
+    if shared:  # a statement on the same line needs them already
+        end = source.span(top[-1])[1]
+        new = f"{ending}{line}{ending}" + (f"{ending}{context}{ending}" if context else "")
+        return [*edits, Edit(end, end + shared.end(), new)]
     at = source.line_span(top[-1]) if top else None
     where = at[1] if at else source.span(top[-1])[1] if top else _after_comments(source.text)
     new = (f"{line}{ending}" if line else "") + (f"{ending}{context}{ending}" if context else "")

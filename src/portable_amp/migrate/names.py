@@ -54,16 +54,30 @@ class Scope:
         self.parent = parent
         self.is_class = isinstance(node, ast.ClassDef)
         self.bound: dict[str, list[str | ast.expr | None]] = {}
-        self.parameters: set[str] = set()
+        self.defaults: dict[str, ast.expr] = {}
+        """Parameter -> what it is where the caller says nothing."""
+        self.kinds: dict[str, set[bool]] = {}
+        """Name -> whether it is torch's, not torch's, or either, outside except clauses."""
         if isinstance(node, FUNCTIONS):
             arguments = node.args
             every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
             every += [one for one in (arguments.vararg, arguments.kwarg) if one]
-            self.parameters = {one.arg for one in every}
-            for name in self.parameters:
-                self._bind(name, None)
+            for parameter in every:
+                self._bind(parameter.arg, None)
+            last = [*arguments.posonlyargs, *arguments.args][::-1]
+            pairs: list[tuple[ast.arg, ast.expr | None]]
+            pairs = [*zip(last, arguments.defaults[::-1], strict=False)]
+            pairs += [*zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+            self.defaults = {key.arg: default for key, default in pairs if default}
+        shims: set[int] = set()
         for one in own(node):
+            if isinstance(one, ast.ExceptHandler):
+                shims |= {id(inner) for inner in ast.walk(one)}
+            before = {name: len(values) for name, values in self.bound.items()}
             self._read(one)
+            for name, values in self.bound.items():
+                if id(one) not in shims and len(values) > before.get(name, 0):
+                    self.kinds.setdefault(name, set()).add(_is_torch(values[-1]))
 
     def resolve(self, node: ast.AST, depth: int = 5) -> str | None:
         """The full name of what a (dotted) name stands for, if that was imported."""
@@ -72,7 +86,7 @@ class Scope:
             return canonical(f"{base}.{node.attr}") if base else None
         if not isinstance(node, ast.Name) or not depth:
             return None
-        scope = self._home(node.id)
+        scope = self.home(node.id)
         if scope is None:  # a star import brought it, or another cell
             return node.id if node.id == "torch" else None
         found = []
@@ -86,7 +100,7 @@ class Scope:
 
     def value(self, node: ast.AST) -> ast.expr | None:
         """What a name was set to, if that is one expression."""
-        scope = self._home(node.id) if isinstance(node, ast.Name) else None
+        scope = self.home(node.id) if isinstance(node, ast.Name) else None
         values = scope.bound[node.id] if scope and isinstance(node, ast.Name) else []
         return values[0] if len(values) == 1 and isinstance(values[0], ast.expr) else None
 
@@ -100,7 +114,16 @@ class Scope:
             scope = scope.parent
         return found
 
-    def _home(self, name: str) -> Scope | None:
+    def sure(self, node: ast.AST) -> bool:
+        """Whether a name stands for the same on every path; except clauses are for old versions."""
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        scope = self.home(node.id) if isinstance(node, ast.Name) else None
+        kinds = scope.kinds.get(node.id) if scope and isinstance(node, ast.Name) else None
+        return kinds != {True, False}
+
+    def home(self, name: str) -> Scope | None:
+        """The scope that binds a name."""
         scope: Scope | None = self
         while scope and (name not in scope.bound or (scope.is_class and scope is not self)):
             scope = scope.parent
@@ -131,3 +154,8 @@ class Scope:
                 self._bind(node.id, None)
         elif isinstance(node, ast.ExceptHandler) and node.name:
             self._bind(node.name, None)
+
+
+def _is_torch(value: str | ast.expr | None) -> bool:
+    text = value if isinstance(value, str) else ast.unparse(value) if value else ""
+    return text.startswith("torch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import NamedTuple
 
 from portable_amp.migrate.detect import Found, Match
@@ -28,7 +29,12 @@ class Rewriter:
         # Which card a process has, or which of two devices, is then decided elsewhere.
         self.several = bool(codes & {"PAM306", "PAM401"})
         self.chosen = "PAM204" in codes
-        self.names = {name for match in found.matches for name in match.scope.device_names()}
+        tree = found.source.tree
+        self.names = {name for one in ast.walk(tree) for name in _device_names(one)}
+        self.mains = [one for one in tree.body if isinstance(one, ast.If) and _is_main(one.test)]
+        # "cuda:0" is not "cuda" where somebody compares text.
+        self.compared = any(_compares_text(one) for one in ast.walk(tree))
+        self.asked = found.asked
 
     def fix(self, match: Match) -> Fix:
         """How to rewrite a match; advice where that takes a person."""
@@ -36,7 +42,9 @@ class Rewriter:
         if make is None or match.guarded:
             return Fix()
         fix: Fix = make(match)
-        if match.decorator and fix.edits:
+        called = getattr(match.node, "func", match.node)
+        unsure = match.scope.resolve(called) and not match.scope.sure(called)
+        if fix.edits and (match.decorator or unsure):
             fix = fix._replace(how="unsafe")
         return fix
 
@@ -48,28 +56,45 @@ class Rewriter:
             defines = _targets(match.statement)
             if name not in defines and self._is_set_before(name, match):
                 return name, False, "safe"
-        unsafe = self.several or self.chosen or bool(self.names - _targets(match.statement))
+        elsewhere = (self.names | reach) - _targets(match.statement)
+        unsafe = self.several or self.chosen or bool(elsewhere)
         return "{ctx}.device", True, "unsafe" if unsafe else "safe"
 
     def _is_set_before(self, name: str, match: Match) -> bool:
-        scope = match.scope
-        if name in scope.parameters:
-            return True
-        values = [one for one in scope.bound.get(name, ()) if isinstance(one, ast.expr)]
-        if name in scope.bound:
+        home = match.scope.home(name)
+        if home is None:
+            return False
+        values = [one for one in home.bound[name] if isinstance(one, ast.expr)]
+        if not values:  # a parameter; None, or the CPU, may be its default
+            return is_device(home.defaults.get(name)) or name not in home.defaults
+        if all(CPU.fullmatch(ast.unparse(one)) for one in values):
+            return False
+        if home is match.scope:
             return any(one.lineno < match.node.lineno for one in values)
-        return scope.parent is not None  # set further out, and used when a function runs
+        # Set further out, and used when a function runs: in a program, not where it is imported.
+        return not all(_within(one, self.mains) for one in values)
 
-    def _put(self, match: Match, node: ast.expr, text: str | None = None) -> Fix:
+    def _put(self, match: Match, node: ast.expr) -> Fix:
         device, context, how = self._device(match)
-        return Fix(how, (Edit(*self.source.span(node), text or device),), (), context)
+        if context and match.call and not self._is_torch(match):
+            device = f"str({device})"  # other people's functions were given text
+        how = "unsafe" if context and self.compared else how
+        return Fix(how, (Edit(*self.source.span(node), device),), (), context)
+
+    def _is_torch(self, match: Match) -> bool:
+        call = match.call
+        assert call is not None
+        name = match.scope.resolve(call.func) or ""
+        return name.startswith("torch.") or (
+            isinstance(call.func, ast.Attribute) and not name and call.func.attr in TENSOR_METHODS
+        )
 
     def _call(self, match: Match, name: str, first: str, moved: tuple[str, ...] = ()) -> Fix:
         """Rename a call, and hand it the device as `first` argument; `moved` get keywords."""
         node, (device, context, how) = match.node, self._device(match)
         if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
             return Fix()
-        edits = [Edit(*self.source.span(node.func), name)]
+        edits = [Edit(*self.source.span(node.func), f"{{{name}}}")]
         keywords = {one.arg: one.value for one in node.keywords}
         given = keywords.get(first) if moved == () else None
         if moved == () and node.args and is_device(node.args[0]):
@@ -82,7 +107,7 @@ class Rewriter:
             text = self.source.text
             at = opening = text.index("(", self.source.span(node.func)[1]) + 1
             for argument, keyword in zip(node.args, moved, strict=False):
-                at += len(text[at:]) - len(text[at:].lstrip())
+                at += len(re.match(r"(\s|#.*|\\\n)*", text[at:])[0])  # type: ignore[index]
                 edits.append(Edit(at, at, f"{keyword}="))
                 at = text.find(",", self.source.span(argument)[1]) + 1
             more = ", " if node.args or node.keywords else ""
@@ -98,8 +123,10 @@ class Rewriter:
         return self._call(match, "maybe_autocast", "device_type")
 
     def _pam103(self, match: Match) -> Fix:
-        old = match.what.startswith("torch.cuda.amp")
-        return self._call(match, "ScalerShim", "device", POSITIONAL if old else ())
+        fix = self._call(match, "ScalerShim", "device")
+        # ScalerShim is torch.amp's GradScaler, and not the one of torch.cuda.
+        asked = fix.edits and "torch.cuda.amp.GradScaler" in self.asked
+        return fix._replace(how="unsafe") if asked else fix
 
     def _pam201(self, match: Match) -> Fix:
         call = match.node
@@ -107,7 +134,7 @@ class Rewriter:
         assert isinstance(call.func, ast.Attribute)
         keywords = {one.arg: one.value for one in call.keywords}
         which = call.args[0] if call.args else keywords.get("device")
-        if which is not None and not (isinstance(which, ast.Constant) and which.value in (0, None)):
+        if which is not None and not _first_card(which):
             return Fix()
         if "non_blocking" in keywords:
             return self._late(match, call)
@@ -156,23 +183,32 @@ class Rewriter:
         return Fix("unsafe", (edit,), (), True)
 
     def _pam204(self, match: Match) -> Fix:
-        if not isinstance(match.node, ast.IfExp) or "device(" in ast.unparse(match.node.body):
+        node = match.node
+        test = getattr(node, "test", None)
+        if isinstance(test, ast.UnaryOp):
+            test = test.operand
+        if not isinstance(node, ast.IfExp) or not isinstance(test, ast.Call):
             return Fix()
-        edit = Edit(*self.source.span(match.node), "str({ctx}.device)")
-        return Fix("unsafe", (edit,), (), True)
+        if match.scope.resolve(test.func) != "torch.cuda.is_available":
+            return Fix()  # somebody else has a say
+        ready = match.call or isinstance(node.body, ast.Call)
+        device = "{ctx}.device" if ready else "str({ctx}.device)"
+        return Fix("unsafe", (Edit(*self.source.span(match.call or node), device),), (), True)
 
     def _pam301(self, match: Match) -> Fix:
         node = match.node
         if not isinstance(node, ast.Call) or node.args or node.keywords:
             return Fix()
-        edit = Edit(*self.source.span(node.func), "clear_cache")
+        edit = Edit(*self.source.span(node.func), "{clear_cache}")
         return Fix("safe", (edit,), ("clear_cache",))
 
     def _pam302(self, match: Match) -> Fix:
         node = match.node
-        if not isinstance(node, ast.Call) or node.args or node.keywords:
+        if not isinstance(node, ast.Call):
             return Fix()
-        edit = Edit(*self.source.span(node.func), "{ctx}.synchronize")
+        if not all(_first_card(one) for one in [*node.args, *(k.value for k in node.keywords)]):
+            return Fix()
+        edit = Edit(*self.source.span(node), "{ctx}.synchronize()")
         return Fix("unsafe" if self.several else "safe", (edit,), (), True)
 
     def _pam304(self, match: Match) -> Fix:
@@ -198,15 +234,53 @@ class Rewriter:
         return Fix("unsafe", (Edit(at, at, f", map_location={device}"),), (), context)
 
 
-POSITIONAL = ("init_scale", "growth_factor", "backoff_factor", "growth_interval", "enabled")
+CPU = re.compile(r"((torch\.)?device\()?'cpu'\)?")
+DEVICE_NAME = re.compile(r"(?i)(\w+_)?(device|dev)\d*")
+OPTIONS = re.compile(r"(?i)(\w+\.)?_?(args|opts?|options|cfg|config|conf|flags|hparams|hps?)")
+TENSOR_METHODS = (
+    *("to", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "to_empty"),
+    *("zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange", "tensor"),
+)
 SEEDS = ("torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all")
 
 
 def _targets(statement: ast.stmt) -> set[str]:
     targets = getattr(statement, "targets", [getattr(statement, "target", None)])
-    return {one.id for one in targets if isinstance(one, ast.Name)}
+    return {str(getattr(one, "id", getattr(one, "attr", ""))) for one in targets}
 
 
 def _first_card(node: ast.expr) -> bool:
     """Whether it is the device that a context has where there is CUDA."""
-    return isinstance(node, ast.Constant) and node.value in ("cuda", "cuda:0")
+    return isinstance(node, ast.Constant) and node.value in ("cuda", "cuda:0", 0, None)
+
+
+def _device_names(node: ast.AST) -> set[str]:
+    """The name of a device that a node sets, or reads from the program's options."""
+    name = ""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        name = node.id
+    elif isinstance(node, ast.Attribute):
+        stored = isinstance(node.ctx, ast.Store)
+        name = node.attr if stored or OPTIONS.fullmatch(ast.unparse(node.value)) else ""
+    return {name} if DEVICE_NAME.fullmatch(name) else set()
+
+
+def _is_main(test: ast.expr) -> bool:
+    return "__name__" in ast.unparse(test)
+
+
+def _within(node: ast.expr, blocks: list[ast.If]) -> bool:
+    return any(one.lineno <= node.lineno <= (one.end_lineno or 0) for one in blocks)
+
+
+def _compares_text(node: ast.AST) -> bool:
+    """Whether something other than a device's type is compared with "cuda"."""
+    if not isinstance(node, ast.Compare) or len(node.ops) != 1:
+        return False
+    pair = node.left, node.comparators[0]
+    return any(
+        isinstance(one, ast.Constant)
+        and one.value == "cuda"
+        and getattr(other, "attr", "") != "type"
+        for one, other in (pair, pair[::-1])
+    )

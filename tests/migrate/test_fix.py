@@ -1,0 +1,207 @@
+"""What the fixer writes, line by line; and that it runs here, where there is no CUDA."""
+
+from __future__ import annotations
+
+import ast
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import portable_amp
+from portable_amp.migrate import fixer
+from portable_amp.migrate.findings import Edit, Finding
+from portable_amp.migrate.scan import scan
+
+FIXTURES = Path(__file__).parent / "fixtures" / "fix"
+
+
+class Case(NamedTuple):
+    """A program, what its safe fixes make of it, and what all of them do."""
+
+    name: str
+    before: str
+    safe: str
+    unsafe: str
+
+
+def cases() -> list[Case]:
+    """All of them; a part that says nothing means that nothing changes."""
+    found = []
+    for path in sorted(FIXTURES.glob("*.txt")):
+        for part in path.read_text("utf-8").split("=== ")[1:]:
+            name, _, text = part.partition("\n")
+            before, _, after = text.partition("--- safe\n")
+            safe, _, unsafe = after.partition("--- unsafe\n")
+            safe = safe or before
+            found.append(Case(f"{path.stem}: {name}", before, safe, unsafe or safe))
+    return found
+
+
+each = pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+
+
+def fix(text: str, *, unsafe: bool = False) -> str:
+    """One run of the fixer."""
+    return fixer.apply(text, scan(text), unsafe=unsafe)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Notes which names of the package are called."""
+    names: set[str] = set()
+
+    def noting(name: str, thing: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            names.add(name)
+            return thing(*args, **options)
+
+        return call
+
+    for name in ("maybe_autocast", "ScalerShim", "DeviceContext", "clear_cache"):
+        monkeypatch.setattr(portable_amp, name, noting(name, getattr(portable_amp, name)))
+    monkeypatch.setenv("PORTABLE_AMP_DEVICE", "cpu")
+    return names
+
+
+def test_there_are_cases() -> None:
+    assert len(cases()) > 40
+
+
+@each
+def test_safe(case: Case) -> None:
+    assert fix(case.before) == case.safe
+
+
+@each
+def test_unsafe(case: Case) -> None:
+    assert fix(case.before, unsafe=True) == case.unsafe
+
+
+@each
+def test_unsafe_after_safe_is_the_same(case: Case) -> None:
+    assert fix(fix(case.before), unsafe=True) == case.unsafe
+
+
+@each
+def test_a_second_fix_changes_nothing(case: Case) -> None:
+    for unsafe in (False, True):
+        once = fix(case.before, unsafe=unsafe)
+        assert fix(once, unsafe=unsafe) == once
+
+
+@each
+def test_it_runs_here(case: Case, called: set[str]) -> None:
+    for text in {case.safe, case.unsafe} - {case.before}:
+        called.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # A CPU without bf16 says so, once.
+            warnings.simplefilter("ignore", portable_amp.PrecisionFallbackWarning)
+            if '"cuda"' not in text and ".cuda(" not in text:
+                exec(compile(text, case.name, "exec"), {"__name__": "fixed"})
+                assert called >= imported(text) - {"probe"}
+
+
+def imported(text: str) -> set[str]:
+    """What a program takes from the package."""
+    return {
+        alias.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.module == "portable_amp"
+        for alias in node.names
+    }
+
+
+LINES = (
+    "# -*- coding: latin-1 -*-\n# caf\u00e9\nimport torch\t \n\n"
+    "x = torch.ones(1).cuda()\t# \u00fc  \n\n\n"
+)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("final", [True, False])
+def test_only_the_lines_concerned_change(end: str, final: bool) -> None:
+    text = LINES.replace("\n", end) if final else LINES.rstrip("\n").replace("\n", end)
+    after = fix(text)
+    new = f"from portable_amp import DeviceContext{end}{end}ctx = DeviceContext(){end}"
+    wanted = text.replace(f"import torch\t {end}", f"import torch\t {end}{new}")
+    assert after == wanted.replace(".cuda()", ".to(ctx.device)")
+
+
+def test_not_ascii_before_it_on_the_line() -> None:
+    assert fix('import torch\nd = {"\u00fc\U0001f600": torch.ones(1).cuda()}\n').endswith(
+        '\nd = {"\u00fc\U0001f600": torch.ones(1).to(ctx.device)}\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("import torch; x = torch.ones(1).cuda()\n", "\nx = torch.ones(1).to(ctx.device)\n"),
+        ("import os; import torch  # both\nx = torch.ones(1).cuda()\n", None),
+        ("#!/usr/bin/env python\nx.cuda()  # torch\nimport torch\n", None),
+        ('"""Doc."""\nimport torch\nif 1:\n    torch.cuda.synchronize()\n', None),
+        ("try:\n    import torch\nexcept ImportError:\n    pass\ntorch.ones(1).cuda()\n", None),
+        ("from x import *\nimport torch\ntorch.ones(1).cuda()\n", None),
+    ],
+)  # fmt: skip
+def test_where_the_import_goes(before: str, after: str | None) -> None:
+    fixed = fix(before)
+    tree = ast.parse(fixed)
+    made = [at for at, one in enumerate(tree.body) if "DeviceContext()" in ast.unparse(one)]
+    used = [
+        at for at, one in enumerate(tree.body) if "ctx." in ast.unparse(one).replace("device_", "")
+    ]
+    imports = [at for at, one in enumerate(tree.body) if "import DeviceC" in ast.unparse(one)]
+    assert imports[0] < made[0] < used[0]
+    assert ast.get_docstring(tree) == ast.get_docstring(ast.parse(before))
+    assert not before.startswith("#!") or fixed.startswith("#!")
+    assert after is None or fixed.endswith(after)
+
+
+def finding(*edits: Edit, how: Any = "safe") -> Finding:
+    """One with edits alone."""
+    return Finding("", 1, 1, 1, "PAM000", "error", "", {}, how, edits)
+
+
+def test_of_two_that_overlap_the_outer_one_is_made() -> None:
+    inner, outer = finding(Edit(2, 3, "I")), finding(Edit(0, 5, "OUTER"))
+    for both in ((inner, outer), (outer, inner)):
+        assert fixer.apply("a = b + c", both, unsafe=False) == "OUTER + c"
+
+
+def test_a_finding_is_made_whole_or_not_at_all() -> None:
+    two = finding(Edit(0, 1, "z"), Edit(4, 5, "y"))
+    assert (
+        fixer.apply("a = b + c", [two, finding(Edit(4, 9, "q + 1"))], unsafe=False) == "z = y + c"
+    )
+
+
+def test_unsafe_only_when_asked() -> None:
+    one = finding(Edit(0, 1, "z"), how="unsafe")
+    assert fixer.apply("a = 1", [one], unsafe=False) == "a = 1"
+    assert fixer.apply("a = 1", [one], unsafe=True) == "z = 1"
+
+
+def test_write_keeps_the_mode_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "run.py"
+    path.write_bytes(b"old")
+    path.chmod(0o751)
+    fixer.write(path, b"new\r\n")
+    assert path.read_bytes() == b"new\r\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o751
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.py"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        fixer.write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [*tmp_path.iterdir()] == [path]
