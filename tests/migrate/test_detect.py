@@ -166,6 +166,58 @@ def leave():
 def test():
     x.cuda()  # PAM201 info
 """,
+    "two ways": """
+import torch, functools, io
+a = torch.device("cuda" if cards > 0 else "cpu")  # PAM204 info
+b = "cpu" if args.slow else "cuda:0"  # PAM204 info
+def pick():
+    if torch.cuda.is_available():  # PAM204
+        return "cuda"
+    return "cpu"
+def pick_of_three():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+def pick_last():
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+device = "mps" if has_mps() else "cuda" if torch.cuda.is_available() else "cpu"
+device = "xpu" if has_xpu() else "cuda"  # PAM203 error
+def falls_back(device="cuda"):  # PAM203 info
+    if not torch.cuda.is_available():
+        device = "cpu"
+def does_not(device="cuda"):  # PAM203 error
+    return torch.zeros(1, device=device)
+if x.device.type == torch.device("cuda").type or x.device == torch.device("cuda"):
+    x.cuda()  # PAM201 info
+def checked(device):
+    assert device.type == "cuda"
+    torch.cuda.get_device_capability(device)  # PAM307 info
+cards = torch.cuda.device_count()  # PAM402
+if cards == 0:
+    raise SystemExit
+elif cards > 1:
+    torch.cuda.set_device(1)  # PAM306 info
+off = functools.partial(torch.autocast, "cuda", enabled=False)  # PAM102
+wait = functools.partial(torch.cuda.synchronize)  # PAM302
+buffer = io.BytesIO()
+torch.save(model, buffer)
+copy = torch.load(buffer)
+def reader(pin_memory=True): ...  # PAM503 info
+loader = dict(pin_memory=True, num_workers=2)  # PAM503 info
+if torch.cuda.is_available():
+    kind = torch.cuda.FloatTensor  # PAM205 info
+else:
+    kind = torch.FloatTensor
+x = x.type(kind)
+isinstance(x, torch.cuda.FloatTensor)  # PAM205 warning
+class Batch:
+    def pin_memory(self):
+        return self.x.pin_memory()
+""",
     "no torch": """
 import numba.cuda
 from pycuda import driver

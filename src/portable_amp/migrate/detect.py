@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from portable_amp.migrate.apis import BY_NAME
 from portable_amp.migrate.findings import Level
 from portable_amp.migrate.guards import OTHERS, Knows, asks, is_device
-from portable_amp.migrate.names import Scope
+from portable_amp.migrate.names import Scope, own
 from portable_amp.migrate.rules import RULES
 from portable_amp.migrate.source import Source
 
@@ -74,10 +74,16 @@ class _Walk:
         self.found = Found(source, self.scope)
         self.knows: Knows = None
         self.silent = False
+        self.others = False
+        """Whether a branch before this one was for devices such as MPS."""
+        self.body: ast.AST = source.tree
         self.statement: ast.stmt = ast.Pass()
         self.before: ast.stmt | None = None
+        self.rest: Sequence[ast.stmt] = ()
         self.decorator = self.parameter = False
         self.done: set[int] = set()
+        self.saved: set[str] = set()
+        """Names of what this function has saved to, and so reads on the machine it ran on."""
         imports = (n for n in ast.walk(source.tree) if isinstance(n, (ast.Import, ast.ImportFrom)))
         self.has_torch = any(
             BRINGS_TORCH.search(f"{getattr(one, 'module', '')} {alias.name}")
@@ -92,17 +98,20 @@ class _Walk:
 
     def block(self, statements: Sequence[ast.stmt]) -> None:
         """Statements in order; one that leaves where there is no CUDA guards those after it."""
-        knows, before = self.knows, None
-        for statement in statements:
-            self.statement, self.before = statement, before
+        (knows, others), before = (self.knows, self.others), None
+        for at, statement in enumerate(statements):
+            self.statement, self.before, self.rest = statement, before, statements[at + 1 :]
             self.visit(statement)
             before = statement
+            if isinstance(statement, ast.Assert) and not self._asks_torch(statement.test):
+                self.knows = asks(statement.test, self.scope)[0] or self.knows
             if isinstance(statement, ast.If) and not statement.orelse:
                 held, failed = asks(statement.test, self.scope)
                 last = statement.body[-1]
                 if held == "other" and (isinstance(last, LEAVES) or _skips(last)):
                     self.knows = failed or self.knows
-        self.knows = knows
+                self.others |= isinstance(last, LEAVES) and _thinks(statement.test)
+        self.knows, self.others = knows, others
 
     def visit(self, node: ast.AST) -> None:
         """Match a node, then what is in it."""
@@ -131,7 +140,7 @@ class _Walk:
         outer = self.knows, self.silent
         if knows:
             self.knows = knows
-        if knows == "cuda" and any(OTHERS.search(ast.unparse(one)) for one in other):
+        if knows == "cuda" and any(map(_thinks, other)):
             self.silent = True
         if nodes and isinstance(nodes[0], ast.stmt):
             self.block([one for one in nodes if isinstance(one, ast.stmt)])
@@ -140,12 +149,16 @@ class _Walk:
                 self.visit(one)
         self.knows, self.silent = outer
 
-    def either(self, *ways: tuple[Sequence[ast.AST], Knows, Sequence[ast.AST]]) -> None:
+    def either(
+        self, *ways: tuple[Sequence[ast.AST], Knows, Sequence[ast.AST]], test: ast.AST | None = None
+    ) -> None:
         """Branches; what one of them does portably, the others do for other versions of torch."""
-        told = []
+        told, others = [], self.others
         for nodes, knows, other in ways:
             start = len(self.found.matches)
+            self.others = others or (test is not None and _thinks(test))
             self.branch(nodes, knows, other)
+            self.others = others
             told.append((nodes, self.found.matches[start:]))
         free = (node for nodes, matches in told if not matches for node in nodes)
         walked = (one for node in free for one in ast.walk(node))
@@ -157,23 +170,35 @@ class _Walk:
     def on_if(self, node: ast.If) -> bool:
         held, failed = asks(node.test, self.scope)
         self._stop(node, node.test, held, node.body)
-        self._choice_of_two(node, held, failed)
+        leaves = not node.orelse and isinstance(node.body[-1], LEAVES)
+        other = self.rest if leaves else node.orelse
+        self._choice_of_two(node, other)
         self.visit(node.test)
         statement, before = self.statement, self.before
-        self.either((node.body, held, node.orelse), (node.orelse, failed, node.body))
+        self.either((node.body, held, other), (node.orelse, failed, node.body), test=node.test)
         self.statement, self.before = statement, before
         return True
 
     def on_ifexp(self, node: ast.IfExp) -> bool:
         held, failed = asks(node.test, self.scope)
-        on, off = (node.body, node.orelse) if held == "cuda" else (node.orelse, node.body)
-        if "cuda" in (held, failed) and self._device(on):
-            if self._device(off, "cpu"):
-                self.match("PAM204", node, ast.unparse(node))
+        on, off = (node.orelse, node.body) if failed == "cuda" else (node.body, node.orelse)
+        if self._choice(node.test, on, off):
+            self.match("PAM204", node, ast.unparse(node))
+            self.done |= {id(on), id(off)}
+        elif "cuda" in (held, failed) and self._device(on):
             self.done |= {id(on), id(off)}
         self.visit(node.test)
-        self.either(([node.body], held, [node.orelse]), ([node.orelse], failed, [node.body]))
+        ways = ([node.body], held, [node.orelse]), ([node.orelse], failed, [node.body])
+        self.either(*ways, test=node.test)
         return True
+
+    def on_compare(self, node: ast.Compare) -> bool:
+        """What is compared with a device is not put there."""
+        for one in (node.left, *node.comparators):
+            device = one.value if isinstance(one, ast.Attribute) and one.attr == "type" else one
+            if self._device(device):
+                self.done.add(id(device))
+        return False
 
     def on_boolop(self, node: ast.BoolOp) -> bool:
         outer = self.knows
@@ -212,14 +237,15 @@ class _Walk:
             self.done |= {id(one) for one in getattr(decorator, "args", ())}
             self.visit(decorator)
             self.decorator = False
+        outer = self.scope, self.knows, self.saved, self.body
+        self.body = node
         self._defaults(node.args)
-        outer = self.scope, self.knows
         if any(self._needs(decorator) for decorator in node.decorator_list):
             self.knows = "cuda"
-        self.scope = Scope(node, self.scope)
-        if node.name != "cuda":  # the method itself, as modules have it
+        self.scope, self.saved = Scope(node, self.scope), set()
+        if node.name not in ("cuda", "pin_memory"):  # the method itself, as modules have it
             self.block(node.body)
-        self.scope, self.knows = outer
+        self.scope, self.knows, self.saved, self.body = outer
         return True
 
     on_asyncfunctiondef = on_functiondef
@@ -297,7 +323,8 @@ class _Walk:
         if self.decorator and name in ("torch.cuda.amp.autocast", "torch.amp.autocast"):
             self.match("PAM101" if "cuda" in name else "PAM102", node, name)
         elif re.fullmatch(r"torch\.cuda\.\w+Tensor", name):
-            self.match("PAM205", node, name)
+            if not self.scope.is_alias(node):  # told where it was made
+                self.match("PAM205", node, name)
         elif name == "torch.nn.DataParallel":
             return True  # asked about, not used
         elif name in BY_NAME:
@@ -320,6 +347,9 @@ class _Walk:
         first = node.args[0] if node.args else None
         keywords = {one.arg: one.value for one in node.keywords}
         code = ""
+        if name == "functools.partial" and first and self.scope.resolve(first):
+            made = ast.copy_location(ast.Call(first, node.args[1:], node.keywords), node)
+            return self.on_call(made)
         if name == "torch.cuda.amp.autocast":
             code = "PAM101"
         elif name == "torch.amp.autocast":
@@ -333,8 +363,11 @@ class _Walk:
         elif name in ("torch.set_default_tensor_type", "torch.set_default_device"):
             told = first is not None and re.search(r"\bcuda\b", ast.unparse(first))
             code = "PAM205" if told else ""
+        elif name == "torch.save" and len(node.args) > 1:
+            self.saved.add(_leaf(node.args[1]))
         elif name == "torch.load":
-            if len(node.args) < 2 and not {"map_location", None} & keywords.keys():
+            own = isinstance(first, ast.Name) and first.id in self.saved
+            if len(node.args) < 2 and not {"map_location", None} & keywords.keys() and not own:
                 code = "PAM502"
         elif name == "torch.device":
             code = (
@@ -350,6 +383,10 @@ class _Walk:
             asked = [one for kind in node.args[1:] for one in ast.walk(kind)]
             self.found.asked |= {self.scope.resolve(one) or "" for one in asked}
             self.done |= {id(one) for one in asked if _leaf(one) in ("autocast", "GradScaler")}
+            for one in asked:  # False for what is elsewhere, and no crash
+                name = self.scope.resolve(one) or ""
+                if isinstance(one, ast.expr) and re.fullmatch(r"torch\.cuda\.\w+Tensor", name):
+                    self.match("PAM205", one, "isinstance", level="warning")
         if name == "torch.device" and isinstance(first, ast.IfExp) and len(node.args) == 1:
             self.visit(first)
             if self.found.matches and self.found.matches[-1].node is first:
@@ -393,7 +430,7 @@ class _Walk:
             return  # told the devices whose state it keeps, it touches no other
         elif key in ("device", "device_type") and is_device(value) and self.has_torch:
             self.match("PAM202", value, f'{key}="cuda"', call=call)
-        elif key == "pin_memory" and _is(value, True) and self.has_torch:
+        elif key == "pin_memory" and _is(value, True):
             self.match("PAM503", value, "pin_memory=True", level="info")
         elif key == "backend" and _is(value, "nccl"):
             self.match("PAM401", value, '"nccl"')
@@ -416,9 +453,37 @@ class _Walk:
         if value is None or not (self.has_torch or sure) or id(value) in self.done:
             return
         if DEFAULT.search(name) and (self._device(value) if self.parameter else is_device(value)):
-            self.match("PAM203", value, f'{name} = "cuda"')
+            level: Level | None = "info" if self._falls_back(name) else None
+            self.match("PAM203", value, f'{name} = "cuda"', level)
+        elif DEFAULT.search(name) and isinstance(value, ast.IfExp):
+            # Another device, or CUDA, whether it is there or not.
+            held, failed = asks(value.test, self.scope)
+            for one, known, other in (
+                (value.body, held, value.orelse),
+                (value.orelse, failed, value.body),
+            ):
+                others = isinstance(other, ast.Constant) and OTHERS.search(str(other.value))
+                if self._device(one) and not known and others:
+                    self.match("PAM203", one, f'{name} = "cuda"')
+        elif name == "pin_memory" and _is(value, True):
+            self.match("PAM503", value, "pin_memory=True", level="info")
         elif "backend" in name and _is(value, "nccl"):
             self.match("PAM401", value, '"nccl"')
+
+    def _falls_back(self, name: str) -> bool:
+        """Whether another device is taken where the default is not there."""
+        tests = (one for one in own(self.body) if isinstance(one, ast.If))
+        for one in tests:
+            if not self._asks_torch(one.test):
+                continue
+            inner = [*ast.walk(one)]
+            stored = [n for n in inner if isinstance(getattr(n, "ctx", None), ast.Store)]
+            if any(_leaf(n) and name.endswith(_leaf(n)) for n in stored):
+                return True
+            returns = any(isinstance(n, ast.Return) for n in inner)
+            if returns and any(_leaf(n) == name for n in ast.walk(one.test)):
+                return True
+        return False
 
     # What belongs together.
 
@@ -457,18 +522,24 @@ class _Walk:
             node = node.args[0] if node.args else node
         return _is(node, "cpu") if kind == "cpu" else is_device(node)
 
-    def _choice_of_two(self, node: ast.If, held: Knows, failed: Knows) -> None:
+    def _choice(self, test: ast.expr, one: ast.expr, other: ast.expr) -> bool:
+        """Whether two values are CUDA and the CPU, and nobody thinks of a third."""
+        pairs = (one, other), (other, one)
+        two = any(self._device(a) and self._device(b, "cpu") for a, b in pairs)
+        return two and not (self.others or _thinks(test))
+
+    def _choice_of_two(self, node: ast.If, after: Sequence[ast.stmt]) -> None:
         """`if cuda: device = "cuda"`, `else: device = "cpu"`, is a ternary in four lines."""
-        if len(node.body) != 1 or len(node.orelse) != 1 or "cuda" not in (held, failed):
+        if len(node.body) != 1 or len(after) != 1:
             return
-        both = node.body[0], node.orelse[0]
-        values = [one.value for one in both if isinstance(one, ast.Assign)]
-        if len(values) < 2 or not isinstance(node.test, ast.expr):
+        both = node.body[0], after[0]
+        if type(both[0]) is not type(both[1]) or not isinstance(both[0], (ast.Assign, ast.Return)):
             return
-        on, off = values if held == "cuda" else values[::-1]
-        if self._device(on) and self._device(off, "cpu"):
+        values = [one.value for one in both if isinstance(one, (ast.Assign, ast.Return))]
+        one, other = values
+        if one and other and self._choice(node.test, one, other):
             self.match("PAM204", node.test, ast.unparse(node.test))
-            self.done |= {id(one) for value in values for one in ast.walk(value)}
+            self.done |= {id(inner) for value in (one, other) for inner in ast.walk(value)}
 
     def _stop(self, node: ast.If, test: ast.expr, held: Knows, body: Sequence[ast.stmt]) -> None:
         last = body[-1]
@@ -508,6 +579,11 @@ def _leaf(node: ast.AST) -> str:
 def _catches_imports(handler: ast.ExceptHandler) -> bool:
     caught = ast.unparse(handler.type) if handler.type else "Exception"
     return bool(re.search("Import|ModuleNotFound|Exception", caught))
+
+
+def _thinks(test: ast.AST) -> bool:
+    """Whether a test is about a device other than CUDA's."""
+    return bool(OTHERS.search(ast.unparse(test)))
 
 
 def _visible(node: ast.AST) -> bool:

@@ -79,13 +79,16 @@ def _names(test: ast.Name | ast.Attribute, scope: Scope, depth: int) -> tuple[Kn
 
 def _compares(test: ast.Compare, scope: Scope) -> tuple[Knows, Knows]:
     sides, op = (test.left, test.comparators[0]), test.ops[0]
+    counted = scope.value(test.left)  # cards = torch.cuda.device_count()
+    if isinstance(counted, ast.Call) and scope.resolve(counted.func) in AVAILABLE:
+        sides = counted, sides[1]
     same = isinstance(op, (ast.Eq, ast.Is, ast.In))
     if not same and not isinstance(op, (ast.NotEq, ast.IsNot, ast.NotIn)):
-        counts = isinstance(test.left, ast.Call) and _calls(test.left, scope)
+        counts = isinstance(sides[0], ast.Call) and _calls(sides[0], scope)
         more = isinstance(op, (ast.Gt, ast.GtE))
         return (("cuda", None) if more else (None, "cuda")) if counts else (None, None)
     for side, counterpart in (sides, sides[::-1]):
-        named = is_device(side) or getattr(side, "value", None) == "gpu"
+        named = is_device(_text(side, scope)) or getattr(side, "value", None) == "gpu"
         if named and not isinstance(counterpart, ast.Constant):
             return ("cuda", "other") if same else ("other", "cuda")
         # Who asks whether it is not the CPU has thought of more than CUDA.
@@ -96,6 +99,14 @@ def _compares(test: ast.Compare, scope: Scope) -> tuple[Knows, Knows]:
         if isinstance(side, ast.Call) and _calls(side, scope):  # device_count() == 0
             return ("other", "cuda") if same else ("cuda", "other")
     return None, None
+
+
+def _text(node: ast.expr, scope: Scope) -> ast.expr:
+    """`torch.device("cuda")` and its `.type` are asked about as their text is."""
+    device = node.value if isinstance(node, ast.Attribute) and node.attr == "type" else node
+    if not isinstance(device, ast.Call) or scope.resolve(device.func) != "torch.device":
+        return node
+    return device.args[0] if device.args else node
 
 
 def _calls(test: ast.Call, scope: Scope) -> bool:

@@ -104,6 +104,12 @@ class Scope:
         values = scope.bound[node.id] if scope and isinstance(node, ast.Name) else []
         return values[0] if len(values) == 1 and isinstance(values[0], ast.expr) else None
 
+    def is_alias(self, node: ast.AST) -> bool:
+        """Whether a name was set to an expression in the program, and not imported."""
+        scope = self.home(node.id) if isinstance(node, ast.Name) else None
+        values = scope.bound[node.id] if scope and isinstance(node, ast.Name) else []
+        return any(isinstance(one, ast.expr) for one in values)
+
     def device_names(self) -> set[str]:
         """The names in reach that should hold a device."""
         found: set[str] = set()

@@ -41,6 +41,8 @@ class Rewriter:
         make = getattr(self, f"_{match.code.lower()}", None)
         if make is None or match.guarded:
             return Fix()
+        if self._is_partial(match) and match.code not in ("PAM101", "PAM102", "PAM103"):
+            return Fix()
         fix: Fix = make(match)
         called = getattr(match.node, "func", match.node)
         unsure = match.scope.resolve(called) and not match.scope.sure(called)
@@ -89,6 +91,13 @@ class Rewriter:
             isinstance(call.func, ast.Attribute) and not name and call.func.attr in TENSOR_METHODS
         )
 
+    def _is_partial(self, match: Match) -> bool:
+        """Whether the call is that of functools.partial, with the function as argument."""
+        node = match.node
+        if not isinstance(node, ast.Call):
+            return False
+        return self.source.span(node)[0] != self.source.span(node.func)[0]
+
     def _call(self, match: Match, name: str, first: str, moved: tuple[str, ...] = ()) -> Fix:
         """Rename a call, and hand it the device as `first` argument; `moved` get keywords."""
         node, (device, context, how) = match.node, self._device(match)
@@ -103,6 +112,8 @@ class Rewriter:
             if not _first_card(given):
                 return Fix()
             edits.append(Edit(*self.source.span(given), device))
+        elif self._is_partial(match):
+            return Fix()
         else:
             text = self.source.text
             at = opening = text.index("(", self.source.span(node.func)[1]) + 1

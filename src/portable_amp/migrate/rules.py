@@ -126,7 +126,8 @@ _TABLE = (
         "PAM205",
         "CUDA tensor types",
         "error",
-        "CUDA tensor types crash where there is no CUDA: create tensors with device= and dtype=.",
+        "CUDA tensor types crash where there is no CUDA, and no tensor elsewhere is one: create "
+        "tensors with device= and dtype=, ask for .device and .dtype.",
         "advice",
         _CRASH,
     ),
