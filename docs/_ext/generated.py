@@ -15,6 +15,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from cv_classification import config
+from portable_amp.migrate.rules import RULES
 from portable_amp.traps import TRAPS
 
 
@@ -28,6 +29,31 @@ class Traps(SphinxDirective):
             for trap in TRAPS
         ]
         return self.parse_text_to_nodes(table(["device", "what happens", "cure", "source"], rows))
+
+
+class Rules(SphinxDirective):
+    """All that `portable-amp check` tells."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table."""
+        rows = [
+            [f"[{one.code}](#{one.code.lower()})", one.title, one.level, one.fix]
+            for one in RULES.values()
+        ]
+        return self.parse_text_to_nodes(table(["code", "finds", "level", "fix"], rows))
+
+
+class Rule(SphinxDirective):
+    """One rule: what it finds, and what that does on which platform."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Its line and its table."""
+        rule = RULES[self.arguments[0]]
+        line = f"**{rule.title}** · {rule.level} · fix: {rule.fix}\n\n"
+        platforms = rule.platforms
+        return self.parse_text_to_nodes(line + table([*platforms], [[*platforms.values()]]))
 
 
 class Settings(SphinxDirective):
@@ -134,6 +160,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register the tables."""
     app.connect("autodoc-process-docstring", hold, priority=400)
     app.connect("autodoc-process-docstring", release, priority=600)
-    for directive in (Traps, Settings):
+    for directive in (Traps, Rules, Rule, Settings):
         app.add_directive(directive.__name__.lower(), directive)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,62 +1,28 @@
 """One training loop for every accelerator PyTorch knows: decided per machine, and explained."""
 
-from portable_amp.autocast import maybe_autocast
-from portable_amp.backends import MemoryStats
-from portable_amp.capabilities import Capabilities, Support, probe
-from portable_amp.checkpoint import load_checkpoint, save_checkpoint
-from portable_amp.context import DeviceContext
-from portable_amp.distributed import Ranks, init_distributed, ranks
-from portable_amp.errors import (
-    CheckpointError,
-    DeviceError,
-    DistributedError,
-    MachineError,
-    PortableAmpError,
-    PortableAmpWarning,
-    PrecisionFallbackWarning,
-    ScaleCollapseWarning,
-    StateWarning,
-    UnsupportedPrecisionError,
-)
-from portable_amp.memory import clear_cache, is_oom_error, memory_stats, split_on_oom
-from portable_amp.precision import PrecisionPlan, choose, common_plan
-from portable_amp.rng import rng_state, seed_everything, set_rng_state
-from portable_amp.scaler import ScalerShim, StepResult
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from portable_amp.api import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Capabilities",
-    "CheckpointError",
-    "DeviceContext",
-    "DeviceError",
-    "DistributedError",
-    "MachineError",
-    "MemoryStats",
-    "PortableAmpError",
-    "PortableAmpWarning",
-    "PrecisionFallbackWarning",
-    "PrecisionPlan",
-    "Ranks",
-    "ScaleCollapseWarning",
-    "ScalerShim",
-    "StateWarning",
-    "StepResult",
-    "Support",
-    "UnsupportedPrecisionError",
-    "choose",
-    "clear_cache",
-    "common_plan",
-    "init_distributed",
-    "is_oom_error",
-    "load_checkpoint",
-    "maybe_autocast",
-    "memory_stats",
-    "probe",
-    "ranks",
-    "rng_state",
-    "save_checkpoint",
-    "seed_everything",
-    "set_rng_state",
-    "split_on_oom",
-]
+
+def __getattr__(name: str) -> object:
+    """The public names come with the first of them: torch takes seconds, and `check` needs none."""
+    if not name.startswith("__") or name == "__all__":
+        api = importlib.import_module("portable_amp.api")
+        globals().update({public: getattr(api, public) for public in api.__all__})
+        globals()["__all__"] = api.__all__
+    try:
+        return globals()[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    __getattr__("__all__")
+    return sorted(globals())

@@ -113,14 +113,14 @@ def _count_cuda() -> int:
     # used, but as our one notice: is_available() repeats its own warning from several places.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # noqa: PAM402
     for warning in caught:
         tell_once(("cuda", "driver"), f"cuda is not usable: {warning.message}")
     return count
 
 
 def _read_cuda(device: torch.device) -> Hardware:
-    found = torch.cuda.get_device_properties(device)
+    found = torch.cuda.get_device_properties(device)  # noqa: PAM307
     amd = torch.version.hip is not None
     return Hardware(
         "cuda",

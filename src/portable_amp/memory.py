@@ -93,7 +93,7 @@ def is_oom_error(error: BaseException) -> bool:
 # torch.OutOfMemoryError came with 2.5; before, it had only its CUDA name.
 _OOM_TYPES = tuple(
     kind
-    for kind in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError)
+    for kind in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError)  # noqa: PAM602
     if kind is not None
 )
 _OOM_TEXTS = tuple(text for row in BACKENDS for text in row.out_of_memory)

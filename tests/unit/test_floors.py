@@ -19,6 +19,7 @@ FLOORS = (
     {"precision", "traps"},
     {"autocast", "scaler", "memory", "transfer", "rng", "checkpoint", "distributed"},
     {"context"},
+    {"api"},
     {"doctor", "migrate", "testing"},
     {"cli"},
     {"__init__", "__main__"},

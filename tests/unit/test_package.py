@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import portable_amp
 from portable_amp import choose
 from portable_amp.backends import backend_for
@@ -31,6 +33,23 @@ def test_every_public_name_exists_and_is_documented() -> None:
     for name in portable_amp.__all__:
         assert getattr(portable_amp, name).__doc__, name
     assert portable_amp.__all__ == sorted(portable_amp.__all__)
+
+
+def test_the_scanner_starts_without_torch() -> None:
+    code = (
+        "import sys; from portable_amp.cli import main; code = main(['check', sys.argv[1]])\n"
+        "assert code == 0 and 'torch' not in sys.modules\n"
+        "import portable_amp; portable_amp.DeviceContext; assert 'torch' in sys.modules"
+    )
+    command = [sys.executable, "-c", code, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'autocst'"):
+        portable_amp.autocst  # noqa: B018
+    assert {"DeviceContext", "__version__"} <= set(dir(portable_amp))
 
 
 def test_it_works_without_numpy() -> None:

@@ -7,6 +7,11 @@ import re
 from collections.abc import Iterator
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+SCOPES = (*FUNCTIONS, ast.ClassDef)
+BINDING = (
+    *(ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),
+    *(ast.Assign, ast.AnnAssign, ast.Name, ast.ExceptHandler),
+)
 STARRED = {
     "torch.cuda.amp": ("autocast", "GradScaler", "custom_fwd", "custom_bwd"),
     "torch.amp": ("autocast", "GradScaler", "custom_fwd", "custom_bwd"),
@@ -43,7 +48,7 @@ def own(node: ast.AST) -> Iterator[ast.AST]:
     while queue:
         found = queue.pop()
         yield found
-        if not isinstance(found, (*FUNCTIONS, ast.ClassDef)):
+        if not isinstance(found, SCOPES):
             queue += reversed(list(ast.iter_child_nodes(found)))
 
 
@@ -71,6 +76,8 @@ class Scope:
             self.defaults = {key.arg: default for key, default in pairs if default}
         shims: set[int] = set()
         for one in own(node):
+            if not isinstance(one, BINDING):
+                continue
             if isinstance(one, ast.ExceptHandler):
                 shims |= {id(inner) for inner in ast.walk(one)}
             before = {name: len(values) for name, values in self.bound.items()}

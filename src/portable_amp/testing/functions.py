@@ -232,7 +232,7 @@ def _loading(played: Played) -> Fakes:
         try:
             batches = real_iter(loader)
         finally:
-            loader.pin_memory = True
+            loader.pin_memory = True  # noqa: PAM503
         return (map_tensors(pin, batch) for batch in batches) if played.pins else batches
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,11 @@ from portable_amp.testing import functions
 from portable_amp.testing.ledger import Shortage
 
 # torch.OutOfMemoryError came with 2.5; before, it had only its CUDA name.
-_OutOfMemoryError: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+_OutOfMemoryError: type[Exception] = getattr(
+    torch,
+    "OutOfMemoryError",
+    torch.cuda.OutOfMemoryError,  # noqa: PAM602
+)
 
 
 @dataclass(frozen=True)
