@@ -219,3 +219,21 @@ def test_what_fix_writes(before: str, after: str) -> None:
     fixed = fixer.apply(text, scan(text))
     assert fixed.endswith("\n" + after + "\n")
     assert fixer.apply(fixed, scan(fixed)) == fixed
+
+
+def test_imports_go_into_the_first_cell_that_is_python(tmp_path: Path) -> None:
+    cells = ["%%bash\necho cuda", "%%time\nx = y.cuda()"]
+    code = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    page = {"cells": [{**code, "source": one} for one in cells], "nbformat": 4}
+    path = tmp_path / "n.ipynb"
+    path.write_text(json.dumps(page), "utf-8")
+    assert main(["fix", str(path)]) == 0
+    fixed = [cell["source"] for cell in json.loads(path.read_text("utf-8"))["cells"]]
+    assert fixed[0] == cells[0]
+    assert fixed[1].splitlines() == [
+        "%%time",
+        "from portable_amp import DeviceContext",
+        "",
+        "ctx = DeviceContext()",
+        "x = y.to(ctx.device)",
+    ]

@@ -262,3 +262,9 @@ def test_positions_count_code_points() -> None:
 def test_what_is_no_python_is_refused() -> None:
     with pytest.raises(SyntaxError):
         scan("import torch\nx = .cuda(\n")
+
+
+def test_what_is_nested_too_deeply_is_refused_in_one_line() -> None:
+    chain = "import torch\nif a: pass\n" + "elif b: pass\n" * 3000 + "else: y.cuda()\n"
+    with pytest.raises(SyntaxError):
+        scan(chain)

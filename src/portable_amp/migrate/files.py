@@ -16,7 +16,7 @@ from typing import Any
 
 SKIPPED = {"__pycache__", "node_modules", "build", "dist", "site-packages", "venv"}
 MAGIC = re.compile(r"^\s*([%!?]|\w[\w, ]*=\s*[%!])|\?\??\s*$")
-PYTHON_CELLS = re.compile(r"%%(time|timeit|capture|prun)\b")
+FOREIGN = re.compile(r"%%(?!(time|timeit|capture|prun)\b)")
 CELL, LINE = "# portable-amp: cell {}", "pass  # portable-amp: line {}"
 
 
@@ -104,6 +104,7 @@ class Notebook:
             cells = self.json["cells"]
             self.cells = {i: cell for i, cell in enumerate(cells) if cell["cell_type"] == "code"}
             sources = {i: "".join(cell["source"]) for i, cell in self.cells.items()}
+            sources = {i: source for i, source in sources.items() if not FOREIGN.match(source)}
         except (ValueError, KeyError, TypeError) as error:
             raise UnreadableError(f"is no notebook: {error}") from error
         self.data, self.magic = data, list[str]()
@@ -112,13 +113,10 @@ class Notebook:
         for index, source in sources.items():
             lines.append(CELL.format(index))
             self.starts.append((len(lines), index))
-            lines += self._python(source)
+            lines += [
+                self._hide(one) if MAGIC.search(one) else one for one in source.split("\n")
+            ]
         self.text = "\n".join(lines) + "\n"
-
-    def _python(self, source: str) -> list[str]:
-        lines = source.split("\n")
-        foreign = lines[0].startswith("%%") and not PYTHON_CELLS.match(lines[0])
-        return [self._hide(line) if foreign or MAGIC.search(line) else line for line in lines]
 
     def _hide(self, line: str) -> str:
         indent = line[: len(line) - len(line.lstrip())]

@@ -129,7 +129,8 @@ def _imports(source: Source, names: dict[str, str], context: str) -> list[Edit]:
         ):
             break
         top.append(one)
-    while top and isinstance(top[-1], ast.Pass):  # what hides a notebook's magic
+    hidden = [isinstance(one, ast.Pass) for one in top]  # a notebook's magic; %%time stays first
+    while top and not all(hidden) and isinstance(top[-1], ast.Pass):
         top.pop()
     edits = []
     there = [one for one in top if isinstance(one, ast.ImportFrom) and one.module == "portable_amp"]

@@ -30,6 +30,13 @@ def scan(text: str, path: str = "<stdin>") -> list[Finding]:
     """
     if not relevant(text):
         return []
+    try:
+        return _findings(text, path)
+    except RecursionError:
+        raise SyntaxError("nested too deeply") from None
+
+
+def _findings(text: str, path: str) -> list[Finding]:
     found = detect(text)
     rewriter = Rewriter(found)
     findings = []
