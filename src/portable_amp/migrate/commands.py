@@ -17,7 +17,7 @@ from portable_amp.migrate import files, fixer, output, settings
 from portable_amp.migrate.findings import Finding
 from portable_amp.migrate.scan import relevant, scan
 
-NOQA = re.compile(r"#\s*noqa\b(?P<codes>:\s*[A-Z]+\d+(?:[\s,]+[A-Z]+\d+)*)?", re.I)
+NOQA = re.compile(r"#\s*noqa\b(?P<codes>\s*:\s*[A-Z]+\d+(?:[\s,]+[A-Z]+\d+)*)?", re.I)
 MANY = 40  # files from which on a second process is worth its start
 Outcome = tuple[str, list[Finding], str]
 """A path, what was found there, and why it could not be checked."""

@@ -113,9 +113,7 @@ class Notebook:
         for index, source in sources.items():
             lines.append(CELL.format(index))
             self.starts.append((len(lines), index))
-            lines += [
-                self._hide(one) if MAGIC.search(one) else one for one in source.split("\n")
-            ]
+            lines += [self._hide(one) if MAGIC.search(one) else one for one in source.split("\n")]
         self.text = "\n".join(lines) + "\n"
 
     def _hide(self, line: str) -> str:
