@@ -10,6 +10,18 @@ from collections.abc import Callable, Generator
 from typing import Any, Literal
 
 import torch
+from torch import (  # by name: they are called in every step
+    autocast_decrement_nesting,
+    autocast_increment_nesting,
+    clear_autocast_cache,
+    get_autocast_dtype,
+    is_autocast_cache_enabled,
+    is_autocast_enabled,
+    set_autocast_cache_enabled,
+    set_autocast_dtype,
+    set_autocast_enabled,
+)
+from torch.compiler import is_compiling
 
 from portable_amp.backends import resolve_device
 from portable_amp.capabilities import Support, look_up, probe
@@ -17,12 +29,21 @@ from portable_amp.errors import PrecisionFallbackWarning
 from portable_amp.notices import tell_once
 from portable_amp.precision import choose
 
+_modes = torch._C._is_torch_function_mode_enabled
+_Region = tuple["Autocast", "str | None", bool, Any, bool, "torch.autocast | None"]
+"""One entry: who entered, and what to restore: device, whether on, dtype, whether cached.
+
+The device is None where nothing was changed, as autocast was off already. The last is an instance
+of torch's own, where modes such as those of torch.export are to be told. A tuple, as it is made in
+every step.
+"""
+
 
 class _Entered(threading.local):
     """The autocast regions this thread is inside of, outermost first."""
 
     def __init__(self) -> None:
-        self.regions: list[tuple[Autocast, torch.autocast]] = []
+        self.regions: list[_Region] = []
 
 
 _entered = _Entered()
@@ -32,44 +53,80 @@ class Autocast(torch.autocast):
     """torch.autocast whose one instance may be nested in itself, shared by threads and recursion.
 
     torch keeps the state to restore on the instance, so that entering it twice leaves autocast on
-    for good. Here each entry has an instance of torch's own, kept per thread.
+    for good. Here each entry has its own, kept per thread. Entering calls the functions that
+    torch's own `__enter__` calls, and costs half as much.
     """
 
     def __enter__(self) -> Any:
-        if torch.compiler.is_compiling():  # traced, not run: there is nothing to restore
+        if is_compiling():  # traced, not run: there is nothing to restore
             super().__enter__()  # type: ignore[no-untyped-call]
             return self
-        region = torch.autocast.__new__(torch.autocast)
-        region.__dict__.update(self.__dict__)
-        region.__enter__()
-        _entered.regions.append((self, region))
+        device = self.device
+        on = is_autocast_enabled(device)
+        dtype, cached = get_autocast_dtype(device), is_autocast_cache_enabled()
+        live = None
+        if _modes():
+            live = torch.autocast.__new__(torch.autocast)
+            live.__dict__.update(self.__dict__)
+            live.__enter__()
+        else:  # what torch does, but for setting what is so already
+            if on is not self._enabled:
+                set_autocast_enabled(device, self._enabled)
+            if dtype is not self.fast_dtype:
+                set_autocast_dtype(device, self.fast_dtype)
+            autocast_increment_nesting()
+            if cached is not self._cache_enabled:
+                set_autocast_cache_enabled(self._cache_enabled)
+        _entered.regions.append((self, device, on, dtype, cached, live))
         return self
 
     def __exit__(self, *exc: Any) -> Literal[False]:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             super().__exit__(*exc)
             return False
         regions = _entered.regions
+        if regions and regions[-1][0] is self:
+            _, device, on, dtype, cached, live = regions.pop()
+        else:
+            _, device, on, dtype, cached, live = self._leave_out_of_order(regions)
+        if device is None:
+            return False
+        if live:
+            live.prev, live.prev_fastdtype, live.prev_cache_enabled = on, dtype, cached
+            live.__exit__(*exc)
+            return False
+        if autocast_decrement_nesting() == 0:
+            clear_autocast_cache()
+        set_autocast_enabled(device, on)
+        set_autocast_dtype(device, dtype)
+        set_autocast_cache_enabled(cached)
+        return False
+
+    def _leave_out_of_order(self, regions: list[_Region]) -> _Region:
+        """As interleaved generators do; returns what is left to restore.
+
+        The region that was entered after this one is still in force. It inherits what is to be
+        restored: torch keeps whether the cache is used for all devices, the rest for each.
+        """
         for at in reversed(range(len(regions))):
             if regions[at][0] is self:
                 break
         else:
             raise RuntimeError("this autocast was not entered in this thread; nothing to leave")
-        region = regions.pop(at)[1]
-        # Interleaved generators leave out of order. The region that was entered after this one is
-        # still in force; it inherits what is to be restored: torch keeps whether the cache is used
-        # for all devices, the rest for each.
-        later = [other for _, other in regions[at:]]
-        if later:
-            later[0].prev_cache_enabled = region.prev_cache_enabled
-            region.prev_cache_enabled = torch.is_autocast_cache_enabled()
-        for other in later:
-            if other.device == region.device:
-                other.prev, other.prev_fastdtype = region.prev, region.prev_fastdtype
+        _, device, on, dtype, cached, live = regions.pop(at)
+        later = [i for i in range(at, len(regions)) if regions[i][1]] if device else []
+        for i in later:
+            owner, kind, its_on, its_dtype, its_cached, its_live = regions[i]
+            if i == later[0]:
+                its_cached, cached = cached, torch.is_autocast_cache_enabled()
+            same = kind == device
+            if same:
+                its_on, its_dtype = on, dtype
+            regions[i] = (owner, kind, its_on, its_dtype, its_cached, its_live)
+            if same:
                 torch.autocast_decrement_nesting()
-                return False
-        region.__exit__(*exc)
-        return False
+                return self, None, False, None, False, None
+        return self, device, on, dtype, cached, live
 
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
         if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
@@ -81,6 +138,28 @@ class Autocast(torch.autocast):
             return _decorate_generator(self, func)
         decorated: Callable[..., Any] = super().__call__(func)  # type: ignore[no-untyped-call]
         return decorated
+
+
+class OffAutocast(Autocast):
+    """Autocast that is off: where nothing is on, entering it changes nothing."""
+
+    def __init__(self, device_type: str, enabled: bool = False) -> None:
+        super().__init__(device_type, enabled=enabled)
+        self._idle: _Region = (self, None, False, None, False, None)
+
+    def __enter__(self) -> Any:
+        if is_compiling() or is_autocast_enabled(self.device):
+            return super().__enter__()
+        _entered.regions.append(self._idle)
+        return self
+
+    def __exit__(self, *exc: Any) -> Literal[False]:
+        if not is_compiling():
+            regions = _entered.regions
+            if regions and regions[-1] is self._idle:
+                regions.pop()
+                return False
+        return super().__exit__(*exc)
 
 
 class NoAutocast(contextlib.ContextDecorator):
@@ -147,12 +226,33 @@ def maybe_autocast(
     ...     torch.ones(2, 2).mm(torch.ones(2, 2)).dtype
     torch.bfloat16
     """
-    decided = _decide(device_type, dtype, bool(enabled))
+    enabled = bool(enabled)
+    if is_compiling():
+        decided = _decide(device_type, dtype, enabled)
+        if decided is None:
+            return NoAutocast()
+        return torch.autocast(*decided, cache_enabled)  # type: ignore[return-value]
+    kind, capabilities = look_up(device_type) if device_type is not None else ("", None)
+    wanted, key = dtype, None
+    if capabilities and capabilities.autocast:
+        wanted = get_autocast_dtype(kind) if dtype is None else dtype
+        key = kind, wanted, enabled, cache_enabled, is_autocast_cache_enabled()
+        known, attributes = _known.get(key, (None, None))
+        if known is capabilities:
+            made = Autocast.__new__(Autocast)
+            made.__dict__.update(attributes)
+            return made
+    decided = _decide(device_type, dtype, enabled)
     if decided is None:
         return NoAutocast()
-    kind = torch.autocast if torch.compiler.is_compiling() else Autocast
-    made: Autocast = kind(*decided, cache_enabled)  # type: ignore[assignment]
+    made = Autocast(*decided, cache_enabled)
+    if key and decided[1:] == (wanted if enabled else dtype, enabled):  # as asked; nothing to tell
+        _known[key] = capabilities, dict(made.__dict__)
     return made
+
+
+_known: dict[Any, tuple[Any, Any]] = {}
+"""What was asked for before: what the device could do then, and the attributes of the region."""
 
 
 def _decide(

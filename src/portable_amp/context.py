@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from portable_amp.autocast import Autocast, NoAutocast
+from portable_amp.autocast import Autocast, NoAutocast, OffAutocast
 from portable_amp.backends import (
     DEVICE_VARIABLE,
     Backend,
@@ -92,12 +92,12 @@ class DeviceContext:
         torch.float32
         """
         if torch.compiler.is_compiling():
-            traced: Autocast = self._region(torch.autocast)
+            traced: Autocast = self._region(torch.autocast, torch.autocast)
             return traced
-        if self._autocast is None:
-            self.__dict__["_autocast"] = self._region(Autocast)
-        assert self._autocast is not None
-        return self._autocast
+        region = self._autocast
+        if region is None:
+            region = self.__dict__["_autocast"] = self._region(Autocast, OffAutocast)
+        return region
 
     def scaler(
         self,
@@ -205,11 +205,11 @@ class DeviceContext:
         ]
         return "\n".join(lines)
 
-    def _region(self, kind: type[torch.autocast]) -> Any:
+    def _region(self, on: type[torch.autocast], off: type[torch.autocast]) -> Any:
         if not self.capabilities.autocast:
             return NoAutocast()
-        plan = self.plan
-        return kind(self.device.type, plan.dtype if plan.autocast else None, plan.autocast)
+        kind, plan = self.device.type, self.plan
+        return on(kind, plan.dtype) if plan.autocast else off(kind, enabled=False)
 
     def _tell(self) -> None:
         plan = self.plan

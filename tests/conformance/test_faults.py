@@ -220,7 +220,7 @@ def _float64_anywhere(patch: pytest.MonkeyPatch) -> None:
 
 
 _FORGETFUL = attribute(
-    context.DeviceContext, "_region", lambda ctx, kind: kind(ctx.device.type, None, True)
+    context.DeviceContext, "_region", lambda ctx, on, off: on(ctx.device.type, None, True)
 )
 
 # fault: the machine that shows it, how it is put in, what is then said

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from portable_amp import backends, capabilities, notices
+from portable_amp.autocast import Autocast
 from portable_amp.backends import Backend
 from portable_amp.errors import MachineError
 from portable_amp.testing import machines
@@ -347,11 +348,18 @@ def _facts(row: Machine) -> Iterator[None]:
 
 def _recorders(played: Played) -> Iterator[tuple[Any, str, Any]]:
     enter, scale = torch.autocast.__enter__, torch.amp.GradScaler.scale
+    enter_ours = Autocast.__enter__
 
     def entered(region: Any) -> Any:
         if region._enabled and region.device == played.kind:
             played.record("autocast", dtype=region.fast_dtype)
         return enter(region)  # type: ignore[no-untyped-call]
+
+    def entered_ours(region: Any) -> Any:
+        asks_torch = torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled()
+        if region._enabled and region.device == played.kind and not asks_torch:
+            played.record("autocast", dtype=region.fast_dtype)
+        return enter_ours(region)
 
     def scaled(scaler: Any, outputs: Any) -> Any:
         if scaler.is_enabled():
@@ -359,6 +367,7 @@ def _recorders(played: Played) -> Iterator[tuple[Any, str, Any]]:
         return scale(scaler, outputs)
 
     yield torch.autocast, "__enter__", entered
+    yield Autocast, "__enter__", entered_ours
     yield torch.amp.GradScaler, "scale", scaled
 
 
