@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.amp.grad_scaler import OptState
@@ -138,11 +138,14 @@ class ScalerShim(torch.amp.GradScaler):
         self._skipped_on_end = 0
         self._told_collapse = False
         self._stepped: bool | None = None
-        self._last_step: StepResult | None = None
+        self._last_step: StepResult | Literal[True] | None = None
+        """True for a step without scaling: its result is made for whoever asks."""
 
     @property
     def last_step(self) -> StepResult | None:
         """What the latest `step` did, None before the first."""
+        if self._last_step is True:
+            self._last_step = StepResult(True)
         return self._last_step
 
     def backward_step(
@@ -176,15 +179,16 @@ class ScalerShim(torch.amp.GradScaler):
         self.step(optimizer)
         self.update()
         optimizer.zero_grad(set_to_none=True)
-        assert self._last_step is not None
-        self._last_step._grad_norm = norm
-        return self._last_step
+        result = self.last_step
+        assert result is not None
+        result._grad_norm = norm
+        return result
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As in torch: `optimizer.step(*args, **kwargs)` unless gradients are infinite or NaN."""
         if not self._enabled:
             returned = optimizer.step(*args, **kwargs)
-            self._last_step = StepResult(True)
+            self._last_step = True
             return returned
         self._stepped = None
         returned = super().step(optimizer, *args, **kwargs)
@@ -242,6 +246,8 @@ class ScalerShim(torch.amp.GradScaler):
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """As in torch; a whole number is taken as a scale too."""
+        if not self._enabled:
+            return
         if isinstance(new_scale, int):
             new_scale = float(new_scale)
         super().update(new_scale)

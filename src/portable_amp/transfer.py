@@ -23,9 +23,10 @@ def to_device(
     Copies are asynchronous only from page-locked memory to a device that keeps them in order. On a
     device without float64, float64 tensors become float32, and that is said once.
     """
+    lacks_float64 = capabilities.float64 is False
 
     def narrow(tensor: torch.Tensor) -> torch.Tensor:
-        if capabilities.float64 is not False or tensor.dtype is not torch.float64:
+        if not lacks_float64 or tensor.dtype is not torch.float64:
             return tensor
         tell_once(
             ("float64", device.type),
@@ -35,7 +36,8 @@ def to_device(
         return tensor.to(torch.float32)
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = narrow(tensor)  # before asking: the narrowed copy is not in pinned memory
+        if lacks_float64:
+            tensor = narrow(tensor)  # before asking: the narrowed copy is not in pinned memory
         return tensor.to(device, non_blocking=backend.pins_memory and tensor.is_pinned())
 
     if isinstance(value, torch.nn.Module):
