@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,6 +13,8 @@ from portable_amp.backends import backend_for, parse_device, torch_function
 from portable_amp.capabilities import Capabilities
 from portable_amp.errors import DistributedError
 from portable_amp.precision import Precision, PrecisionPlan, choose, common_plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,3 +93,24 @@ def agree_on_plan(request: Precision, capabilities: Capabilities) -> PrecisionPl
     everyone: list[Capabilities] = [capabilities] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, capabilities)
     return common_plan(request, everyone)
+
+
+def of_rank_0(decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank; every rank must call it. It fails on all, or on none.
+
+    Raises:
+        RuntimeError: rank 0 failed.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return decide()
+    told: list[Any] = [None, ""]
+    if torch.distributed.get_rank() == 0:
+        try:
+            told[0] = decide()
+        except Exception as error:
+            told[1] = f"{type(error).__name__}: {error}"
+    torch.distributed.broadcast_object_list(told, src=0)
+    if told[1]:
+        raise RuntimeError(f"rank 0 failed: {told[1]}")
+    decided: T = told[0]
+    return decided

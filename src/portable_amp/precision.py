@@ -32,13 +32,15 @@ class PrecisionPlan:
     """What one device will compute in, and why."""
 
     request: str
-    """What was asked for: "auto", "fp32", "fp16" or "bf16"."""
+    """What was asked for: "auto", "fp32", "fp16" or "bf16"; "tuned" where it was measured."""
     dtype: torch.dtype
     """What autocast lowers operations to; float32 where autocast is off."""
     reason: str
     evidence: tuple[str, ...] = ()
     fell_back: bool = False
     """An explicit request that this machine cannot honour was replaced."""
+    memory_format: torch.memory_format = torch.contiguous_format
+    """How images (N, C, H, W) and the weights of convolutions lie in memory."""
 
     @property
     def autocast(self) -> bool:

@@ -18,6 +18,8 @@ FLOORS = (
     {"capabilities"},
     {"precision", "traps"},
     {"autocast", "scaler", "memory", "transfer", "rng", "checkpoint", "distributed"},
+    {"tuning"},
+    {"plan_cache"},
     {"context"},
     {"api"},
     {"doctor", "migrate", "testing"},
