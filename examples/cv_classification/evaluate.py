@@ -10,11 +10,11 @@ import torch
 
 from cv_classification.config import InputError
 from cv_classification.data import Sample, read_labelled
+from cv_classification.device import make_context
 from cv_classification.images import check_images, read_split
 from cv_classification.metrics import report
 from cv_classification.model import Trained, load_trained
 from cv_classification.tta import predict_samples
-from portable_amp import DeviceContext
 
 
 def evaluate(
@@ -40,7 +40,7 @@ def evaluate(
     """
     trained = load_trained(checkpoint, overrides)
     first = trained[0]
-    ctx = DeviceContext(first.config.device, precision=first.config.precision)
+    ctx = make_context(first.config)
     print(ctx.explain() if explain else ctx.summary())
     if data is None:
         parts = [(unseen(one, skip_bad=skip_bad), [one]) for one in trained]

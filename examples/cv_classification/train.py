@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cv_classification import parallel
 from cv_classification.augment import Transform, find_preset
 from cv_classification.config import Config, InputError, check_folder
+from cv_classification.device import make_context, tuned
 from cv_classification.evaluate import picture
 from cv_classification.images import (
     Batches,
@@ -79,7 +80,9 @@ def train_one(config: Config, ctx: DeviceContext, *, resume: str, skip_bad: bool
     data = read_split(config, skip_bad=skip_bad)
     tell(f"{len(data.train)} images to train on, {len(data.validation)} to validate")
     seed_everything(config.seed)
-    model = ctx.to(build_model(config.model, len(data.classes.names)))
+    model = build_model(config.model, len(data.classes.names))
+    ctx = tuned(ctx, model.train(), config)
+    model = ctx.to(model)
     transform = Transform(find_preset(config.data.preset), model.size)
     stages = transform.stages or ((0,),)
     labels = [sample.label for sample in data.train]
@@ -256,7 +259,7 @@ def check(config: Config, *, resume: str = "") -> DeviceContext:
         InputError: a name is unknown, settings contradict each other, or the output is in the way.
         PortableAmpError: there is no such device or precision.
     """
-    ctx = DeviceContext(config.device, precision=config.precision)
+    ctx = make_context(config)
     data, settings = config.data, config.train
     sizes = {len(stage) for stage in find_preset(data.preset).stages}
     check_model(config.model)

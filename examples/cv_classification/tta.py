@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cv_classification.augment import Transform, find_preset
 from cv_classification.config import InputError, check_folder
 from cv_classification.data import COLUMNS, Sample, read_rows, read_unlabelled, write_table
+from cv_classification.device import make_context, tuned
 from cv_classification.images import (
     Batches,
     ImageDataset,
@@ -126,7 +127,8 @@ def predict_samples(
         dataset = ImageDataset(samples, Transform(preset, one.model.size))
         batches = make_loader(dataset, evaluation_draws(len(samples)), ctx, one.config)
         views = preset.views if tta else ("identity",)
-        found.append(probabilities(ctx.to(one.model), batches, ctx, views, passes=passes))
+        own = tuned(ctx, one.model.eval(), one.config)
+        found.append(probabilities(own.to(one.model), batches, own, views, passes=passes))
     return torch.stack(found).mean(0)
 
 
@@ -152,7 +154,7 @@ def predict(
     """
     trained = load_trained(checkpoint, overrides)
     first = trained[0]
-    ctx = DeviceContext(first.config.device, precision=first.config.precision)
+    ctx = make_context(first.config)
     print(ctx.explain() if explain else ctx.summary())
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     submission = output or folder / "submission.csv"

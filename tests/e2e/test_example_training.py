@@ -404,3 +404,21 @@ def test_an_image_that_breaks_in_a_worker_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(str(tiny / "train"))
     assert "truncated or damaged" in line
+
+
+def test_a_tuned_run_measures_trains_and_predicts(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PORTABLE_AMP_CACHE", str(tmp_path / "plans"))
+    assert main(["train", *settings(precision="tuned", train__epochs=1)]) == 0
+    assert "training: " in capsys.readouterr().out
+    assert main(["predict", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "prediction: " in printed
+    assert "measured: " in printed
+    assert len([*(tmp_path / "plans").glob("*.json")]) == 2
+    assert main(["predict", str(tmp_path / "run")]) == 0
+    assert "kept from an earlier run" in capsys.readouterr().out
