@@ -1,0 +1,106 @@
+"""How far the plan of ctx.tuned is from the best: regret, and the speed-up over what others do.
+
+    python benchmarks/tuned.py [--out FOLDER]
+
+Twelve timm models of different families, training and inference. Each is tuned, and then every
+candidate that computes what fp32 does is measured again, by itself. accelerate, Fabric and timm's
+training script compute contiguous fp32 unless told otherwise: that is the speed-up's base.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from typing import Any
+
+import measure
+import timm
+import torch
+
+from portable_amp import DeviceContext
+from portable_amp.tuning import LAYOUTS, NAMES, _Run, candidates, mean_square
+
+MODELS = {
+    "test_resnet": 160,
+    "resnet18": 128,
+    "vit_tiny_patch16_224": 224,
+    "mobilenetv3_small_050": 128,
+    "convnext_atto": 128,
+    "regnetx_002": 128,
+    "efficientnet_lite0": 128,
+    "ghostnet_050": 128,
+    "levit_128s": 224,
+    "mobilevit_xxs": 128,
+    "edgenext_xx_small": 128,
+    "repvgg_a0": 128,
+}
+BATCH, TURNS = 4, 9
+
+
+def again(ctx: DeviceContext, model: torch.nn.Module, images: torch.Tensor) -> dict[str, float]:
+    """Seconds per step of every candidate that stays near fp32; interleaved, the median."""
+    plain = DeviceContext(ctx.device, precision="fp32")
+    reference, runs = None, []
+    for one in candidates(model, ctx.capabilities):
+        run = _Run(one, model, images, ctx.device, mean_square, ctx.synchronize, plain.to)
+        result = run.check(reference)
+        reference = reference or result
+        run.timed()
+        runs += [] if one.out else [run]
+    first = {run.candidate.name: run.candidate.seconds.pop() for run in runs}
+    # What is three times slower than the best at the first step is not the best.
+    hopeful = [run for run in runs if first[run.candidate.name] < 3 * min(first.values())]
+    for _ in range(TURNS):
+        for run in hopeful:
+            run.timed()
+    return first | {run.candidate.name: statistics.median(run.candidate.seconds) for run in hopeful}
+
+
+def main() -> None:
+    """Measure all, and print the table."""
+    warnings.simplefilter("ignore")
+    ctx = DeviceContext()
+    layouts = {layout: name for name, layout in LAYOUTS.items()}
+    rows: list[list[Any]] = []
+    numbers = []
+    for name, size in MODELS.items():
+        images = torch.randn(BATCH, 3, size, size)
+        for training in (True, False):
+            model = timm.create_model(name, num_classes=17).train(training)
+            start = time.perf_counter()
+            plan = ctx.tuned(model, images, cache=False).plan
+            cost = time.perf_counter() - start
+            chosen = f"{NAMES[plan.dtype]} {layouts[plan.memory_format]}"
+            seconds = again(ctx, model, images)
+            best = min(seconds, key=seconds.__getitem__)
+            regret = seconds[chosen] / seconds[best]
+            gain = seconds["fp32 contiguous"] / seconds[chosen]
+            steps = cost / max(seconds.values())
+            numbers.append(
+                {"model": name, "training": training, "chosen": chosen, "best": best,
+                 "regret": regret, "gain": gain, "cost_s": cost, "steps": steps,
+                 "seconds": seconds}
+            )  # fmt: skip
+            mode = "training" if training else "inference"
+            row = [name, size, mode, chosen, best, f"{regret:.2f}", f"{gain:.2f}", f"{steps:.0f}"]
+            rows.append(row)
+            print(*row, flush=True)
+    regrets = [one["regret"] for one in numbers]
+    columns = [
+        "model",
+        "px",
+        "mode",
+        "chosen",
+        "best",
+        "regret",
+        "speed-up",
+        "steps of the slowest",
+    ]
+    text = measure.table(columns, rows)
+    text += f"\n\nRegret: median {statistics.median(regrets):.3f}, worst {max(regrets):.3f}."
+    measure.tell("tuned", text, {"batch": BATCH, "models": numbers})
+
+
+if __name__ == "__main__":
+    main()
