@@ -13,7 +13,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 import portable_amp
 
@@ -31,6 +33,18 @@ def interleaved(
             if turn:  # the first round warms up
                 seconds[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def jpegs(folder: Path, count: int, width: int = 500, height: int = 400) -> list[Path]:
+    """So many JPEG files of smooth noise, about as hard to decode as photographs."""
+    random = np.random.default_rng(0)
+    paths = [folder / f"{number:04}.jpg" for number in range(count)]
+    for path in paths:
+        coarse = random.integers(256, size=(height // 8, width // 8, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        fine = np.asarray(picture, np.int16) + random.integers(-12, 13, (height, width, 1))
+        Image.fromarray(fine.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    return paths
 
 
 def machine() -> dict[str, Any]:

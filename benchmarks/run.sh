@@ -1,10 +1,16 @@
 #!/usr/bin/env sh
 # All tables, with machine, versions and date: benchmarks/run.sh [FOLDER] (docs/explanation/evidence).
-# Needs the extra `example`; PYTHON names the interpreter.
+# Needs the extra `example`, accelerate, lightning-fabric, ttach and matplotlib; PYTHON names the interpreter.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${1:-docs/explanation/evidence}
 "$python" benchmarks/dropins.py --out "$out"
 "$python" benchmarks/tuned.py --out "$out"
+PYTHONPATH=src:examples
+export PYTHONPATH
+"$python" benchmarks/tta.py --out "$out"
+"$python" benchmarks/training.py --out "$out"
+"$python" benchmarks/scale.py --out "$out"
+"$python" benchmarks/plots.py "$out"
 "$python" benchmarks/scan.py --json "$out/scan.json"

@@ -35,7 +35,7 @@ MODELS = {
     "edgenext_xx_small": 128,
     "repvgg_a0": 128,
 }
-BATCH, TURNS = 4, 9
+BATCH, TURNS = 4, 5
 
 
 def again(ctx: DeviceContext, model: torch.nn.Module, images: torch.Tensor) -> dict[str, float]:
@@ -49,8 +49,8 @@ def again(ctx: DeviceContext, model: torch.nn.Module, images: torch.Tensor) -> d
         run.timed()
         runs += [] if one.out else [run]
     first = {run.candidate.name: run.candidate.seconds.pop() for run in runs}
-    # What is three times slower than the best at the first step is not the best.
-    hopeful = [run for run in runs if first[run.candidate.name] < 3 * min(first.values())]
+    # What is twice as slow as the best at the first step is not the best.
+    hopeful = [run for run in runs if first[run.candidate.name] < 2 * min(first.values())]
     for _ in range(TURNS):
         for run in hopeful:
             run.timed()

@@ -14,7 +14,7 @@ project_copyright = "The portable-amp developers, MIT licence"
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated", "pages"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "explanation/evidence"]
 default_role = "code"
 source_suffix = {".md": "markdown"}
 suppress_warnings = ["config.cache"]

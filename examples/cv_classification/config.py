@@ -44,6 +44,8 @@ class DataConfig(Section):
     folds: Annotated[Count, Field(ge=2)] | None = None
     fold: WholeNumber | None = None
     batch_size: Count = 32
+    cache: Path | None = None
+    cache_gb: Positive = 10.0
     workers: WholeNumber = 0
 
 
@@ -111,6 +113,7 @@ RUNTIME = ("device", "precision", "data.batch_size", "data.workers")
 # What may differ when training is resumed; the batch size may not.
 RESUMABLE = (
     *("device", "precision", "output", "tracking", "data.path", "data.workers"),
+    *("data.cache", "data.cache_gb"),
     *("train.patience", "train.save_every", "train.give_up_after"),
 )
 

@@ -19,7 +19,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from cv_classification.config import InputError
 from cv_classification.data import Classes, Sample, write_text
-from cv_classification.images import read_image
+from cv_classification.decode import read_image
 from cv_classification.metrics import measure
 
 TEMPLATE = Path(__file__).with_suffix(".html")

@@ -22,6 +22,7 @@ from cv_classification.images import (
     Batches,
     Draws,
     ImageDataset,
+    ahead,
     evaluation_draws,
     make_loader,
     read_split,
@@ -87,10 +88,10 @@ def train_one(config: Config, ctx: DeviceContext, *, resume: str, skip_bad: bool
     stages = transform.stages or ((0,),)
     labels = [sample.label for sample in data.train]
     draws = Draws(labels, stages, config)
-    batches = make_loader(ImageDataset(data.train, transform), draws, ctx, config)
+    batches = make_loader(ImageDataset(data.train, transform, data.cache), draws, ctx, config)
     views = config.train.validation_views
     held_out = make_loader(
-        ImageDataset(data.validation, transform),
+        ImageDataset(data.validation, transform, data.cache),
         evaluation_draws(
             len(data.validation), stages[-1] if views > 1 else (0,), views, share=ranks()
         ),
@@ -166,7 +167,8 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
     loss: torch.Tensor | float = 0.0
     names: list[int] = []
     first = progress.batches
-    shown = tqdm(batches, desc="train", leave=False, disable=None if ranks().is_main else True)
+    quiet = None if ranks().is_main else True
+    shown = tqdm(ahead(batches, ctx), "train", len(batches), False, disable=quiet)
     for index, (images, labels, indexes) in enumerate(shown, first):
         # The last group of an epoch may be short.
         start = index - index % settings.accumulate

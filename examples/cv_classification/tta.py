@@ -20,6 +20,7 @@ from cv_classification.device import make_context, tuned
 from cv_classification.images import (
     Batches,
     ImageDataset,
+    ahead,
     check_images,
     evaluation_draws,
     make_loader,
@@ -99,9 +100,11 @@ def probabilities(
         return seen / (passes or 1)
 
     indexes, merged = [], []
-    for images, _, index in tqdm(batches, desc="predict", leave=False, disable=None):
+    for images, _, index in tqdm(ahead(batches, ctx), "predict", len(batches), False, disable=None):
         indexes.append(index)
-        merged += split_on_oom(look, ctx.to(images))
+        # The views of as many images in one pass as make its fastest size, or a batch.
+        size = max(1, (ctx.plan.chunk or len(images)) // len(views))
+        merged += split_on_oom(look, ctx.to(images), size=size)
     model.eval()
     # The only wait for the device.
     mine = torch.cat(indexes), torch.cat(merged).cpu()

@@ -111,13 +111,15 @@ class DeviceContext:
         loss: Callable[[torch.nn.Module, Any], torch.Tensor] = mean_square,
         budget_s: float = 60.0,
         cache: bool = True,
+        compile: bool = False,
     ) -> DeviceContext:
         """The same device with the plan that is fastest for this model and batch, measured.
 
         Tried are fp32, bf16 and fp16, each with images contiguous and channels last, on copies: the
         model, its gradients and the random state stay as they are. One whose loss or gradient is
-        not fp32's (5 % and a cosine of 0.98 for 16 bits) is out; `explain()` has all times. Every
-        rank must call it; rank 0 decides.
+        not fp32's (5 % and a cosine of 0.98 for 16 bits) is out; `explain()` has all times. For a
+        model in evaluation mode `plan.chunk` is how many samples of the batch one pass is fastest
+        with. Every rank must call it; rank 0 decides.
 
         Args:
             model: in training mode forward and backward are measured, else the forward pass.
@@ -125,6 +127,8 @@ class DeviceContext:
             loss: called with the model and the batch, returns a scalar tensor. By default the mean
                 square of what the model makes of the batch, or of its first part.
             budget_s: seconds after which no further round begins.
+            compile: measure the fastest one compiled, too; that compiles, for up to minutes.
+                Where `plan.compiled` says that it pays, call `model.compile()`.
             cache: keep the plan for the next run, in $PORTABLE_AMP_CACHE or ~/.cache/portable-amp.
 
         Raises:
@@ -137,14 +141,15 @@ class DeviceContext:
         model = model.module if isinstance(model, DistributedDataParallel) else model
 
         def measured() -> PrecisionPlan:
-            key = signature(model, batch, self.capabilities)
+            key = signature(model, batch, self.capabilities, compiled=compile)
             kept = recall(key) if cache else None
             if kept:
                 return kept
             plain = _restore(self.device, self.capabilities, choose("fp32", self.capabilities), "")
             plan = tune(
                 model, batch, self.device, self.capabilities,
-                loss=loss, budget_s=budget_s, wait=self.synchronize, move=plain.to,
+                loss=loss, budget_s=budget_s, compiled=compile,
+                wait=self.synchronize, move=plain.to,
             )  # fmt: skip
             if cache:
                 keep(key, plan)

@@ -108,6 +108,7 @@ def split_on_oom(
     batch: Any,
     *,
     parameters: Iterable[torch.Tensor] = (),
+    size: int | None = None,
 ) -> list[T]:
     """Run `step` on the batch; when memory runs out, on halves of it, whose gradients add up.
 
@@ -121,12 +122,14 @@ def split_on_oom(
         batch: a tensor, or tensors nested in dicts, lists and tuples, each (N, ...).
         parameters: what gets gradients in `step`, so that a backward pass that broke off half-way
             can be undone. Needed for training only.
+        size: samples in a part to begin with, such as `ctx.plan.chunk`; None: the whole batch.
 
     Returns:
         What `step` returned for each part, in order.
 
     Raises:
         PortableAmpError: memory ran out in a backward pass and no parameters were given.
+        ValueError: `size` is less than 1.
         Exception: the device's own error, when even a part of one sample does not fit, or when
             several processes train together, where each must make the same number of passes.
 
@@ -139,10 +142,12 @@ def split_on_oom(
     >>> seen
     [([0, 1], 0.5), ([2, 3], 0.5)]
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size={size!r}: a part has at least one sample")
     total = length_of(batch)
     fitted = _fitted_by(step)
     name = getattr(step, "__name__", "")
-    size = min(fitted.get(name, total), total)
+    size = first = min(fitted.get(name, total), size or total, total)
     leaves = [leaf for leaf in parameters if leaf.requires_grad]
     before = [leaf.grad for leaf in leaves]
     while True:
@@ -166,7 +171,7 @@ def split_on_oom(
         # (pytorch#27600).
         size = (size + 1) // 2
         clear_cache(next(tensors_in(batch)).device)
-    if size < total:
+    if size < first:
         fitted[name] = size
     _set_grads(leaves, [_sum(old, leaf.grad) for old, leaf in zip(before, leaves)])  # noqa: B905
     return done

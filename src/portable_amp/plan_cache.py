@@ -20,14 +20,22 @@ from portable_amp.tuning import LAYOUTS, NAMES
 CACHE_VARIABLE = "PORTABLE_AMP_CACHE"
 
 
-def signature(model: torch.nn.Module, batch: Any, capabilities: Capabilities) -> str:
+def signature(
+    model: torch.nn.Module, batch: Any, capabilities: Capabilities, *, compiled: bool = False
+) -> str:
     """A key for all that a measurement depends on."""
     facts = (
         [(name, type(module).__name__) for name, module in model.named_modules()],
         [(name, [*one.shape], str(one.dtype)) for name, one in model.state_dict().items()],
         [([*one.shape], str(one.dtype)) for one in tensors_in(batch)],
-        (model.training, capabilities.name, capabilities.device_type, capabilities.evidence),
-        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "1"),
+        (
+            model.training,
+            compiled,
+            capabilities.name,
+            capabilities.device_type,
+            capabilities.evidence,
+        ),
+        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "2"),
     )
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
 
@@ -50,6 +58,8 @@ def recall(key: str) -> PrecisionPlan | None:
             str(data["reason"]) + " (kept from an earlier run)",
             tuple(map(str, data["evidence"])),
             memory_format=LAYOUTS[data["layout"]],
+            chunk=None if data["chunk"] is None else int(data["chunk"]),
+            compiled=bool(data["compiled"]),
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None  # damaged, or written by another version: measured again
@@ -63,6 +73,8 @@ def keep(key: str, plan: PrecisionPlan) -> None:
         "layout": layouts[plan.memory_format],
         "reason": plan.reason,
         "evidence": plan.evidence,
+        "chunk": plan.chunk,
+        "compiled": plan.compiled,
     }
     with contextlib.suppress(OSError, RuntimeError):
         folder = cache_folder()

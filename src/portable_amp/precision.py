@@ -41,6 +41,10 @@ class PrecisionPlan:
     """An explicit request that this machine cannot honour was replaced."""
     memory_format: torch.memory_format = torch.contiguous_format
     """How images (N, C, H, W) and the weights of convolutions lie in memory."""
+    chunk: int | None = None
+    """Samples in one forward pass that inference is fastest with, for `split_on_oom(size=...)`."""
+    compiled: bool = False
+    """`model.compile()` was measured to be faster still; calling it is the loop's part."""
 
     @property
     def autocast(self) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from portable_amp.autocast import maybe_autocast
 from portable_amp.capabilities import Capabilities, Support
-from portable_amp.nested import map_tensors, tensors_in
+from portable_amp.nested import length_of, map_tensors, slice_of, tensors_in
 from portable_amp.precision import PrecisionPlan
 from portable_amp.rng import rng_state, set_rng_state
 
@@ -32,6 +32,7 @@ GAIN = 0.97
 LOSER = 1.25  # this much slower than the best after two rounds, it is not measured on;
 LOST_AT_ONCE = 2.0  # this much, not even for those
 ROUNDS = 7
+CHUNK_ROUNDS = 3
 MOST_STEPS = 28  # in all, in steps of the slowest candidate
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
@@ -46,11 +47,12 @@ class Candidate:
     out: str = ""
     """Why it is none, "" while it is one."""
     seconds: list[float] = field(default_factory=list)
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         """As `explain` has it."""
-        return f"{NAMES[self.dtype]} {self.layout}"
+        return f"{NAMES[self.dtype]} {self.layout}" + (" compiled" if self.compiled else "")
 
     def told(self) -> str:
         """A line for `explain`."""
@@ -69,6 +71,7 @@ def tune(
     budget_s: float,
     wait: Callable[[], None],
     move: Callable[[Any], Any],
+    compiled: bool = False,
 ) -> PrecisionPlan:
     """The fastest plan that computes what fp32 does, measured on copies of the model, interleaved.
 
@@ -88,19 +91,43 @@ def tune(
                 raise RuntimeError(f"the model cannot be measured: {found[0].out}")
             runs += [] if one.out else [run]
         _race(runs, started, budget_s)
+        runs = [run for run in runs if run.candidate is fastest(found)]
+        if compiled:
+            winner = runs[0].candidate
+            found.append(Candidate(winner.dtype, winner.layout, compiled=True))
+            run = _Run(found[-1], model, batch, device, loss, wait, move)
+            run.check(reference)
+            runs += [] if found[-1].out else [run]
+            _race(runs, time.perf_counter(), budget_s)
+            runs = [run for run in runs if run.candidate is fastest(found)]
+        per_sample = {} if model.training else runs[0].chunks()
     finally:
         set_rng_state(before)
-    return decide(found)
+    return decide(found, per_sample)
 
 
-def decide(found: list[Candidate]) -> PrecisionPlan:
-    """The plan of what was measured; simple ones, which come first, win where it makes no odds."""
+def fastest(found: list[Candidate]) -> Candidate:
+    """The fastest; simple ones, which come first, win where it makes no odds."""
     alive = [one for one in found if not one.out]
     best = alive[0]
     for one in alive[1:]:
         if statistics.median(one.seconds) < GAIN * statistics.median(best.seconds):
             best = one
-    median, plain = statistics.median(best.seconds), alive[0]
+    return best
+
+
+def decide(found: list[Candidate], per_sample: Mapping[int, float] | None = None) -> PrecisionPlan:
+    """The plan of what was measured; per_sample: seconds, by the samples in one pass."""
+    best, plain = fastest(found), next(one for one in found if not one.out)
+    median = statistics.median(best.seconds)
+    chunk = None
+    for size, seconds in (per_sample or {}).items():
+        if chunk is None or seconds < GAIN * (per_sample or {})[chunk]:
+            chunk = size
+    evidence = [one.told() for one in found]
+    if per_sample:
+        rows = ", ".join(f"{size}: {1 / seconds:.3g}" for size, seconds in per_sample.items())
+        evidence.append(f"samples per second, by samples in one pass: {rows}")
     gain = statistics.median(plain.seconds) / median
     reason = f"measured: {median * 1e3:.3g} ms" + (
         f", {gain:.2g} times as fast as {plain.name}" if best is not plain else ", the fastest"
@@ -109,8 +136,10 @@ def decide(found: list[Candidate]) -> PrecisionPlan:
         "tuned",
         best.dtype,
         reason,
-        tuple(one.told() for one in found),
+        tuple(evidence),
         memory_format=LAYOUTS[best.layout],
+        chunk=chunk,
+        compiled=best.compiled,
     )
 
 
@@ -147,6 +176,8 @@ class _Run:
             self.model = laid_out(move(copy.deepcopy(model)), layout)
             self.model.zero_grad(set_to_none=True)
             self.batch = laid_out(move(batch), layout)
+            if candidate.compiled:
+                self.model.compile()
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -204,6 +235,28 @@ class _Run:
             self.candidate.seconds.append(time.perf_counter() - start)
             self.model.zero_grad(set_to_none=True)
 
+    def chunks(self) -> dict[int, float]:
+        """Seconds per sample of the whole batch in passes of so many samples, interleaved."""
+        whole = self.batch
+        try:
+            total = length_of(whole)
+        except ValueError:  # no samples that could be counted
+            return {}
+        sizes = [total >> halved for halved in range(total.bit_length())]
+        seconds: dict[int, list[float]] = {size: [] for size in sizes}
+        for turn in range(CHUNK_ROUNDS + 1):
+            for size in sizes:
+                with self.guarded():  # a model may refuse a single sample
+                    self.batch = slice_of(whole, 0, size)
+                    self.wait()
+                    start = time.perf_counter()
+                    self.step()
+                    self.wait()
+                    if turn:  # the first round warms up
+                        seconds[size].append((time.perf_counter() - start) / size)
+        self.batch, self.candidate.out = whole, ""
+        return {size: statistics.median(one) for size, one in seconds.items() if one}
+
 
 @dataclass
 class _Result:
@@ -237,10 +290,10 @@ def _race(runs: list[_Run], started: float, budget_s: float) -> None:
         run.timed()
     for turn in range(ROUNDS):
         alive = [run for run in runs if not run.candidate.out]
-        fastest = min(min(run.candidate.seconds) for run in alive) if alive else 0.0
+        least = min(min(run.candidate.seconds) for run in alive) if alive else 0.0
         for run in alive:
             seconds = run.candidate.seconds
-            if min(seconds) > (LOST_AT_ONCE if turn < 2 else LOSER) * fastest:
+            if min(seconds) > (LOST_AT_ONCE if turn < 2 else LOSER) * least:
                 continue
             if turn == 0:
                 seconds.clear()  # the first step warms up

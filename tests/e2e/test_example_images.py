@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 from cv_classification.augment import PRESETS, Transform, find_preset
 from cv_classification.config import Config, DataConfig, InputError, TrainConfig
 from cv_classification.data import Sample
+from cv_classification.decode import read_image
 from cv_classification.images import (
     Draws,
     ImageDataset,
     check_images,
     evaluation_draws,
     make_loader,
-    read_image,
 )
 from cv_classification.tta import VIEWS, merge, probabilities, rotate, stack_views
 from portable_amp import DeviceContext

@@ -70,7 +70,7 @@ def run_epoch(
     schedule: Any = CountingSchedule()
     config = Config(train=TrainConfig(**settings))
     samples = [Sample(f"{index}.png", Path(f"{index}.png")) for index in range(5)]
-    data = Split(samples, [], Classes((0, 1, 2), ("a", "b", "c")), "")
+    data = Split(samples, [], Classes((0, 1, 2), ("a", "b", "c")), "", None)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
     criterion = training.make_loss(config.train, [0, 1, 2], 3)
     run = Run(config, CPU, data, model, model, optimizer, schedule, scaler, criterion, None)

@@ -284,3 +284,17 @@ def test_nested_batches_are_cut_sample_by_sample() -> None:
 def test_what_is_no_batch_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="first dimension"):
         split_on_oom(lambda part, weight: None, wrong)
+
+
+def test_a_first_size_bounds_the_parts_and_is_not_remembered() -> None:
+    sizes: list[int] = []
+
+    def step(part: torch.Tensor, weight: float) -> None:
+        sizes.append(len(part))
+
+    split_on_oom(step, torch.zeros(5), size=2)
+    split_on_oom(step, torch.zeros(5))
+    split_on_oom(step, torch.zeros(2), size=9)
+    assert sizes == [2, 2, 1, 5, 2]
+    with pytest.raises(ValueError, match="size=0"):
+        split_on_oom(step, torch.zeros(2), size=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,74 @@ def test_what_differs_from_fp32() -> None:
     assert "cosine of 0.707" in differs(_Result(1.0, torch.ones(2)), one, torch.bfloat16)
     assert "NaN" in differs(_Result(float("nan"), one.gradient), one, torch.bfloat16)
     assert "NaN" in differs(_Result(1.0, torch.tensor([1.0, float("inf")])), None, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("per_sample", "chunk"),
+    [({}, None), ({8: 1.0, 4: 0.99, 2: 2.0}, 8), ({8: 1.0, 4: 0.5, 2: 0.6, 1: 0.49}, 4)],
+)
+def test_the_largest_chunk_wins_where_it_makes_no_odds(
+    per_sample: dict[int, float], chunk: int | None
+) -> None:
+    plan = decide([measured("fp32 contiguous", 1.0)], per_sample)
+    assert plan.chunk == chunk
+    assert any("samples per second" in line for line in plan.evidence) == bool(per_sample)
+
+
+class Crowded(nn.Module):
+    """Slow with more than two samples, and unable to take a single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            raise ValueError("BatchNorm-like: more than one value is needed")
+        time.sleep(0.005 * (len(x) > 2) * len(x))
+        return self.linear(x)
+
+
+def test_inference_learns_its_chunk_and_training_does_not() -> None:
+    found = context().tuned(Crowded().eval(), torch.ones(8, 4), cache=False).plan
+    assert found.chunk == 2
+    assert "8: " in found.evidence[-1]
+    assert " 1: " not in found.evidence[-1]
+    assert context().tuned(Crowded().train(), torch.ones(8, 4), cache=False).plan.chunk is None
+    assert context().tuned(Crowded().eval(), torch.ones(8, 4)).plan.chunk == 2
+    assert context().tuned(Crowded().eval(), torch.ones(8, 4)).plan.chunk == 2  # kept
+
+
+def test_compiling_is_a_candidate_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", faster, raising=True)
+    model = Crowded().eval()
+    plan = context().tuned(model, torch.ones(3, 4), cache=False, compile=True).plan
+    assert plan.compiled
+    assert "fp32 contiguous compiled: " in plan.evidence[-2]
+    assert type(model) is Crowded
+    assert not context().tuned(model, torch.ones(3, 4), cache=False).plan.compiled
+
+
+def faster(model: nn.Module) -> None:
+    """As `nn.Module.compile`: in place."""
+    model.__class__ = Swift
+
+
+class Swift(Crowded):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def test_a_compiler_that_fails_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: nn.Module) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(nn.Module, "compile", fails)
+    plan = context().tuned(nn.Linear(4, 2), torch.ones(3, 4), cache=False, compile=True).plan
+    assert not plan.compiled
+    assert (
+        plan.evidence[-1] == f"{plan.name} contiguous compiled: out, RuntimeError: no C++ compiler"
+    )
 
 
 def test_a_tuned_context_lays_out_modules_and_images() -> None:
