@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,11 +29,13 @@ from cv_classification.config import check_config
 from cv_classification.images import Draws, ImageDataset, read_split
 
 COUNTS = (1_000, 10_000, 100_000)
-CLASSES, SIZE, LOADED = 10, 64, 1000
+CLASSES, SIZE, LOADED, ROUNDS = 10, 64, 500, 5
 
 
-def measured(folder: Path, files: list[Path], count: int) -> dict[str, float]:
-    """Costs per image of a data set of so many."""
+def measured(
+    folder: Path, files: list[Path], count: int
+) -> tuple[dict[str, float], Callable[[], None]]:
+    """Costs per image of a data set of so many; and what loads the same number of any."""
     for label in range(CLASSES):
         (folder / f"class{label}").mkdir(parents=True)
     for number in range(count):
@@ -53,17 +56,18 @@ def measured(folder: Path, files: list[Path], count: int) -> dict[str, float]:
     start = time.perf_counter()
     order = list(draws)
     shuffled = time.perf_counter() - start
-    start = time.perf_counter()
-    for draw in (order * (LOADED // len(order) + 1))[:LOADED]:
-        dataset[draw]
-    loaded = time.perf_counter() - start
-    return {
+
+    def load() -> None:
+        for draw in (order * (LOADED // len(order) + 1))[:LOADED]:
+            dataset[draw]
+
+    found = {
         "images": count,
         "start_us": 1e6 * began / count,
         "bytes": size / len(copies),
         "order_us": 1e6 * shuffled / len(order),
-        "load_us": 1e6 * loaded / LOADED,
     }
+    return found, load
 
 
 def epoch_seconds(folder: Path, data: Path, processes: int) -> float:
@@ -85,14 +89,19 @@ def epoch_seconds(folder: Path, data: Path, processes: int) -> float:
 def main() -> None:
     """Measure all, and print the table."""
     numbers: list[dict[str, Any]] = []
+    loads: dict[str, Callable[[], None]] = {}
     with TemporaryDirectory() as made:
         folder = Path(made)
         files = measure.jpegs(folder, 50, width=128, height=96)
         measured(folder / "few", files, 400)  # warms up
         for count in COUNTS:
             with contextlib.redirect_stdout(io.StringIO()):
-                numbers.append(measured(folder / str(count), files, count))
-            print(numbers[-1], flush=True)
+                found, loads[str(count)] = measured(folder / str(count), files, count)
+            numbers.append(found)
+            print(found, flush=True)
+        loaded = measure.interleaved(loads, calls=1, rounds=ROUNDS)
+        for one in numbers:
+            one["load_us"] = 1e6 * loaded[str(one["images"])] / LOADED
         alone = epoch_seconds(folder, folder / "few", 1)
         together = epoch_seconds(folder, folder / "few", 2)
     rows = [

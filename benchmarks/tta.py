@@ -2,9 +2,9 @@
 
     python benchmarks/tta.py [--out FOLDER]
 
-1,000 JPEGs (200 for the slow models) at 224 px, two views, 17 classes, random weights; in slices of 50 images, on which
-every way has its turn. "image by image" clears the cache after each pass, as the project did that
-the example was made of. ttach is measured where it is installed.
+1,000 JPEGs (200 for the slow models) at 224 px, two views, 17 classes, random weights; in slices of
+50 images, on which every way has its turn. "image by image" clears the cache after each pass, as
+the project did that the example was made of. ttach is measured where it is installed.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def main() -> None:
     columns = ["model", "plan, chunk", "fp32 / image by image", "fp32 / ttach"]
     columns += ["tuned / image by image", "tuned / ttach", "largest difference"]
     text = measure.table(columns, rows)
-    text += f"\n\nSpeed-ups at {SIZE} px, images: {', '.join(map(str, MODELS.values()))}; views {', '.join(VIEWS)}."
+    counts = ", ".join(map(str, MODELS.values()))
+    text += f"\n\nSpeed-ups at {SIZE} px over {counts} images; views: {', '.join(VIEWS)}."
     measure.tell("tta", text, {"images": MODELS, "models": numbers})
 
 
