@@ -21,7 +21,7 @@ from torch import (  # by name: they are called in every step
     set_autocast_dtype,
     set_autocast_enabled,
 )
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from portable_amp.backends import resolve_device
 from portable_amp.capabilities import Support, look_up, probe
@@ -58,7 +58,7 @@ class Autocast(torch.autocast):
     """
 
     def __enter__(self) -> Any:
-        if is_compiling():  # traced, not run: there is nothing to restore
+        if is_dynamo_compiling():  # traced, not run: there is nothing to restore
             super().__enter__()  # type: ignore[no-untyped-call]
             return self
         device = self.device
@@ -81,7 +81,7 @@ class Autocast(torch.autocast):
         return self
 
     def __exit__(self, *exc: Any) -> Literal[False]:
-        if is_compiling():
+        if is_dynamo_compiling():
             super().__exit__(*exc)
             return False
         regions = _entered.regions
@@ -148,16 +148,17 @@ class OffAutocast(Autocast):
         self._idle: _Region = (self, None, False, None, False, None)
 
     def __enter__(self) -> Any:
-        if is_compiling() or is_autocast_enabled(self.device):
+        # torch.export is to know of the region, whatever its graph will be called in.
+        if is_autocast_enabled(self.device) or is_compiling():
             return super().__enter__()
         _entered.regions.append(self._idle)
         return self
 
     def __exit__(self, *exc: Any) -> Literal[False]:
-        if not is_compiling():
+        if not is_dynamo_compiling():
             regions = _entered.regions
             if regions and regions[-1] is self._idle:
-                regions.pop()
+                del regions[-1]
                 return False
         return super().__exit__(*exc)
 

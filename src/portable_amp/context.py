@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch.compiler import is_dynamo_compiling  # by name: it is asked in every step
 from torch.nn.parallel import DistributedDataParallel
 
 from portable_amp.autocast import Autocast, NoAutocast, OffAutocast
@@ -95,7 +96,7 @@ class DeviceContext:
         ...     torch.ones(2, 2).mm(torch.ones(2, 2)).dtype
         torch.float32
         """
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             traced: Autocast = self._region(torch.autocast, torch.autocast)
             return traced
         region = self._autocast

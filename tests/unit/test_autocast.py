@@ -333,5 +333,27 @@ def test_inside_a_compiled_graph() -> None:
         assert compiled_dtype(function) is torch.float32, function.__name__
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_region_that_was_exported_holds_wherever_the_graph_runs(precision: str) -> None:
+    with playing("cpu-avx512bf16"):
+        ctx = DeviceContext("cpu", precision=precision)
+    region = ctx.autocast()
+
+    class Product(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with region, region:
+                return x.mm(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.export's own imports
+        exported = torch.export.export(Product(), (torch.ones(2, 2),), strict=False).module()
+    assert not on()
+    if torch_version() >= (2, 6):  # before, torch's own autocast is lost when it exports this way
+        with torch.autocast("cpu", BF16):
+            assert exported(torch.ones(2, 2)).dtype is ctx.plan.dtype
+        assert exported(torch.ones(2, 2)).dtype is ctx.plan.dtype
+        assert not on()
+
+
 def test_regions_are_their_own_class() -> None:
     assert type(maybe_autocast("cpu", BF16)) is Autocast
