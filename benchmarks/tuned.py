@@ -9,6 +9,7 @@ training script compute contiguous fp32 unless told otherwise: that is the speed
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 import warnings
@@ -19,7 +20,7 @@ import timm
 import torch
 
 from portable_amp import DeviceContext
-from portable_amp.tuning import LAYOUTS, NAMES, _Run, candidates, mean_square
+from portable_amp.tuning import LAYOUTS, NAMES, _Run, candidates, copier, mean_square
 
 MODELS = {
     "test_resnet": 160,
@@ -35,26 +36,31 @@ MODELS = {
     "edgenext_xx_small": 128,
     "repvgg_a0": 128,
 }
-BATCH, TURNS = 4, 5
+BATCH, SECONDS = 16, 3.0
 
 
 def again(ctx: DeviceContext, model: torch.nn.Module, images: torch.Tensor) -> dict[str, float]:
     """Seconds per step of every candidate that stays near fp32; interleaved, the median."""
-    plain = DeviceContext(ctx.device, precision="fp32")
-    reference, runs = None, []
+    prepared = functools.cache(
+        copier(model, images, DeviceContext(ctx.device, precision="fp32").to)
+    )
+    reference, runs = None, list[_Run]()
     for one in candidates(model, ctx.capabilities):
-        run = _Run(one, model, images, ctx.device, mean_square, ctx.synchronize, plain.to)
+        run = _Run(one, prepared, ctx.device, mean_square, ctx.synchronize, training=model.training)
         result = run.check(reference)
         reference = reference or result
-        run.timed()
         runs += [] if one.out else [run]
-    first = {run.candidate.name: run.candidate.seconds.pop() for run in runs}
+    for run in runs:
+        run.timed()  # warms up
+        run.candidate.seconds.clear()
+        run.timed()
+    first = {run.candidate.name: run.candidate.seconds[0] for run in runs}
     # What is twice as slow as the best at the first step is not the best.
     hopeful = [run for run in runs if first[run.candidate.name] < 2 * min(first.values())]
-    for _ in range(TURNS):
+    for _ in range(max(5, min(50, int(SECONDS / sum(first.values()))))):
         for run in hopeful:
             run.timed()
-    return first | {run.candidate.name: statistics.median(run.candidate.seconds) for run in hopeful}
+    return {run.candidate.name: statistics.median(run.candidate.seconds) for run in runs}
 
 
 def main() -> None:

@@ -87,6 +87,8 @@ class Backend:
     """The torch.distributed backend that talks between such devices."""
     out_of_memory: tuple[str, ...] = ()
     """What an out-of-memory error of this device says."""
+    channels_last_fault: Callable[[torch.nn.Module], str] = lambda model: ""
+    """Why a model is not to be laid out channels last there; empty where nothing is known."""
     replaces_parameters: bool = False
     """Module.to makes new parameters, and unties those that are shared (pytorch#116255)."""
 
@@ -240,6 +242,24 @@ def _read_cpu(device: torch.device) -> Hardware:
     )
 
 
+def _cpu_channels_last_fault(model: torch.nn.Module) -> str:
+    # Source: uxlfoundation/oneDNN#6035, seen with torch 2.15 on AVX512: the gradient of such a
+    # weight is computed beyond the end of its workspace, which corrupts memory or the result.
+    for name, module in model.named_modules():
+        if (
+            model.training
+            and isinstance(module, torch.nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and max(module.stride) > 1
+            and module.in_channels // module.groups < 16
+        ):
+            return (
+                f"{name}, a 1x1 convolution with a stride and fewer than 16 channels, "
+                "corrupts memory in training (uxlfoundation/oneDNN#6035)"
+            )
+    return ""
+
+
 def _no_memory(device: torch.device) -> MemoryStats:
     return MemoryStats()
 
@@ -358,6 +378,8 @@ MPS = Backend(
     set_rng_state="mps.set_rng_state",
     takes_device=False,
     synchronize="mps.synchronize",
+    # Source: pytorch#175189, open; not seen on hardware.
+    channels_last_fault=lambda model: "batch norm's gradients can be wrong (pytorch#175189)",
     copies="synchronous: a non_blocking copy to MPS can corrupt data (pytorch#139550)",
     out_of_memory=("MPS backend out of memory",),
 )
@@ -366,6 +388,7 @@ CPU = Backend(
     lambda: 1,
     _read_cpu,
     _no_memory,
+    channels_last_fault=_cpu_channels_last_fault,
     copies="none: batches are there already",
     distributed="gloo",
     out_of_memory=(

@@ -35,7 +35,7 @@ def signature(
             capabilities.device_type,
             capabilities.evidence,
         ),
-        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "2"),
+        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "3"),
     )
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
 

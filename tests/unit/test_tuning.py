@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from portable_amp import DeviceContext, rng_state
+from portable_amp.backends import backend_for
 from portable_amp.distributed import of_rank_0
 from portable_amp.plan_cache import CACHE_VARIABLE
 from portable_amp.tuning import Candidate, _Result, decide, differs, mean_square
@@ -158,14 +159,61 @@ def test_the_fastest_wins_and_the_simple_one_where_it_makes_no_odds(
     assert f"{plan.name} {layout}" == best
 
 
+def result(loss: float, *gradients: list[float]) -> _Result:
+    return _Result(
+        loss,
+        {
+            name: torch.tensor(one)
+            for name, one in zip("ab"[: len(gradients)], gradients, strict=True)
+        },
+    )
+
+
 def test_what_differs_from_fp32() -> None:
-    one = _Result(1.0, torch.tensor([1.0, 0.0]))
-    assert differs(_Result(1.04, torch.tensor([1.0, 0.1])), one, torch.bfloat16) == ""
-    assert "6.0% off" in differs(_Result(1.06, one.gradient), one, torch.bfloat16)
-    assert "0.2% off" in differs(_Result(1.002, one.gradient), one, torch.float32)
-    assert "cosine of 0.707" in differs(_Result(1.0, torch.ones(2)), one, torch.bfloat16)
-    assert "NaN" in differs(_Result(float("nan"), one.gradient), one, torch.bfloat16)
-    assert "NaN" in differs(_Result(1.0, torch.tensor([1.0, float("inf")])), None, torch.float32)
+    one = result(1.0, [1.0, 0.0], [0.1, 0.0])
+    assert differs(one, None, torch.float32) == ""
+    for dtype, loss, whole, part in (
+        (torch.bfloat16, 0.04, 0.15, 0.04),
+        (torch.float16, 0.04, 0.15, 0.04),
+        (torch.float32, 0.0009, 0.009, 0.004),
+    ):
+        near = result(1.0 + loss, [1.0, whole], [0.1, part])
+        assert differs(near, one, dtype) == ""
+        assert "its loss is" in differs(result(1 + 2 * loss, *([1.0, 0.0], [0.1, 0.0])), one, dtype)
+        assert "its gradient is" in differs(result(1.0, [1.0, 2 * whole], [0.1, 0.0]), one, dtype)
+        # Twice as long is as wrong as another direction.
+        assert "its gradient is" in differs(result(1.0, [2.0, 0.0], [0.1, 0.0]), one, dtype)
+        assert "its gradient of b is" in differs(
+            result(1.0, [1.0, 0.0], [0.1, 1.5 * part]), one, dtype
+        )
+    assert "6.0% off" in differs(result(1.06, [1.0, 0.0], [0.1, 0.0]), one, torch.bfloat16)
+    tiny = result(1.0, [1.0, 0.0], [0.001, 0.0])
+    assert differs(result(1.0, [1.0, 0.0], [0.0, 0.001]), tiny, torch.float32) == ""
+    assert "NaN" in differs(result(float("nan"), [1.0]), one, torch.bfloat16)
+    assert "NaN" in differs(result(1.0, [1.0, float("inf")], [0.1]), None, torch.float32)
+    assert "other parameters" in differs(result(1.0, [1.0, 0.0]), one, torch.bfloat16)
+    none = result(1.0, [0.0, 0.0], [0.0, 0.0])
+    assert differs(none, none, torch.float32) == ""
+    assert "its gradient is" in differs(one, none, torch.float32)
+
+
+def test_a_layout_with_a_known_fault_is_out_untried() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, 2), nn.ReLU(), nn.Conv2d(8, 16, 3))
+    tried: list[bool] = []
+    model.register_forward_pre_hook(
+        lambda _, inputs: tried.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    evidence = context().tuned(model.train(), IMAGES, cache=False).plan.evidence
+    assert not any(tried)
+    assert [line.partition(": out, 0, a 1x1")[0] for line in evidence if "oneDNN#6035" in line] == [
+        "fp32 channels_last",
+        "bf16 channels_last",
+    ]
+    context().tuned(model.eval(), IMAGES, cache=False)  # the fault is the backward pass's
+    assert any(tried)
+    for fine in (nn.Conv2d(16, 8, 1, 2), nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3, 2)):
+        assert backend_for("cpu").channels_last_fault(fine.train()) == ""
+    assert "pytorch#175189" in backend_for("mps").channels_last_fault(model)
 
 
 @pytest.mark.parametrize(
