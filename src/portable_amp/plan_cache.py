@@ -21,7 +21,12 @@ CACHE_VARIABLE = "PORTABLE_AMP_CACHE"
 
 
 def signature(
-    model: torch.nn.Module, batch: Any, capabilities: Capabilities, *, compiled: bool = False
+    model: torch.nn.Module,
+    batch: Any,
+    capabilities: Capabilities,
+    *,
+    dtype: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> str:
     """A key for all that a measurement depends on."""
     facts = (
@@ -30,6 +35,7 @@ def signature(
         [([*one.shape], str(one.dtype)) for one in tensors_in(batch)],
         (
             model.training,
+            str(dtype),
             compiled,
             capabilities.name,
             capabilities.device_type,
@@ -53,7 +59,7 @@ def recall(key: str) -> PrecisionPlan | None:
         data = json.loads((cache_folder() / f"{key}.json").read_text("utf-8"))
         dtypes = {name: dtype for dtype, name in NAMES.items()}
         return PrecisionPlan(
-            "tuned",
+            str(data["request"]),
             dtypes[data["dtype"]],
             str(data["reason"]) + " (kept from an earlier run)",
             tuple(map(str, data["evidence"])),
@@ -69,6 +75,7 @@ def keep(key: str, plan: PrecisionPlan) -> None:
     """Keep a plan; whoever reads meanwhile sees all of it or none. No folder, no memory."""
     layouts = {layout: name for name, layout in LAYOUTS.items()}
     data = {
+        "request": plan.request,
         "dtype": NAMES[plan.dtype],
         "layout": layouts[plan.memory_format],
         "reason": plan.reason,

@@ -32,7 +32,8 @@ class PrecisionPlan:
     """What one device will compute in, and why."""
 
     request: str
-    """What was asked for: "auto", "fp32", "fp16" or "bf16"; "tuned" where it was measured."""
+    """What was asked for: "auto", "fp32", "fp16" or "bf16"; "tuned" where it was measured, "tuned
+    fp32" where only the rest was, in the precision that was asked for."""
     dtype: torch.dtype
     """What autocast lowers operations to; float32 where autocast is off."""
     reason: str
@@ -45,6 +46,11 @@ class PrecisionPlan:
     """Samples in one forward pass that inference is fastest with, for `split_on_oom(size=...)`."""
     compiled: bool = False
     """`model.compile()` was measured to be faster still; calling it is the loop's part."""
+
+    @property
+    def tuned(self) -> bool:
+        """It was measured."""
+        return self.request.startswith("tuned")
 
     @property
     def autocast(self) -> bool:

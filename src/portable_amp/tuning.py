@@ -22,6 +22,7 @@ from portable_amp.precision import PrecisionPlan
 from portable_amp.rng import rng_state, set_rng_state
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TUNED = "tuned"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # What may differ from fp32, relatively: the loss, the gradient, and the gradient of each parameter
 # with at least a hundredth of the whole. Rounding to 8 bits of mantissa is 0.4 % per operation.
@@ -39,7 +40,7 @@ CHUNK_ROUNDS = 4
 # When no further round begins, in steps of the slowest candidate; a round may take four.
 MOST_STEPS = 24
 MOST_STEPS_BEFORE_CHUNKS = 13
-AT_LEAST_S = 0.3  # is spent however quick the steps are: the quickest need the most rounds
+AT_LEAST_S = 0.2  # is spent however quick the steps are: the quickest need the most rounds
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 
@@ -77,16 +78,23 @@ def tune(
     budget_s: float,
     wait: Callable[[], None],
     move: Callable[[Any], Any],
+    dtype: torch.dtype | None = None,
     compiled: bool = False,
 ) -> PrecisionPlan:
     """The fastest plan that computes what fp32 does, measured on copies of the model, interleaved.
 
+    With a dtype only plans that compute in it.
+
     Raises:
-        RuntimeError: the model fails in fp32.
+        RuntimeError: the model fails in fp32, or computes something else in that dtype.
     """
     prepared = copier(model, batch, move)
     shared = functools.cache(prepared)
-    found = [*candidates(model, capabilities)]
+    found = [
+        one
+        for one in candidates(model, capabilities)
+        if dtype in (None, one.dtype) or one.name == "fp32 contiguous"  # the reference
+    ]
     before = rng_state()
     clock = _Clock(found, budget_s)
     try:
@@ -95,9 +103,13 @@ def tune(
             run = _Run(one, shared, device, loss, wait, training=model.training)
             result = run.check(reference)
             reference = reference or result
-            if found[0].out:
-                raise RuntimeError(f"the model cannot be measured: {found[0].out}")
+            if reference is None or (one is found[0] and one.out):
+                raise RuntimeError(f"the model cannot be measured: {one.out}")
+            if dtype not in (None, one.dtype):
+                one.out = f"{NAMES[dtype]} was asked for"
             runs += [] if one.out else [run]
+        if not runs:
+            raise RuntimeError("; ".join(one.told() for one in found))
         _race(runs, clock)
         runs = [run for run in runs if run.candidate is fastest(found)]
         if compiled:
@@ -112,7 +124,7 @@ def tune(
         per_sample = {} if model.training else runs[0].chunks(clock)
     finally:
         set_rng_state(before)
-    return decide(found, per_sample)
+    return decide(found, per_sample, f"tuned {NAMES[dtype]}" if dtype else TUNED)
 
 
 def fastest(found: list[Candidate]) -> Candidate:
@@ -125,7 +137,11 @@ def fastest(found: list[Candidate]) -> Candidate:
     return best
 
 
-def decide(found: list[Candidate], per_sample: Mapping[int, float] | None = None) -> PrecisionPlan:
+def decide(
+    found: list[Candidate],
+    per_sample: Mapping[int, float] | None = None,
+    request: str = TUNED,
+) -> PrecisionPlan:
     """The plan of what was measured; per_sample: seconds, by the samples in one pass."""
     best, plain = fastest(found), next(one for one in found if not one.out)
     median = statistics.median(best.seconds)
@@ -142,7 +158,7 @@ def decide(found: list[Candidate], per_sample: Mapping[int, float] | None = None
         f", {gain:.2g} times as fast as {plain.name}" if best is not plain else ", the fastest"
     )
     return PrecisionPlan(
-        "tuned",
+        request,
         best.dtype,
         reason,
         tuple(evidence),

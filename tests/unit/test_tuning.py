@@ -16,6 +16,7 @@ from portable_amp.backends import backend_for
 from portable_amp.distributed import of_rank_0
 from portable_amp.plan_cache import CACHE_VARIABLE
 from portable_amp.tuning import Candidate, _Result, decide, differs, mean_square
+from support import playing
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +35,8 @@ def network() -> nn.Module:
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def context() -> DeviceContext:
-    return DeviceContext("cpu", precision="fp32")
+def context(precision: str = "auto") -> DeviceContext:
+    return DeviceContext("cpu", precision=precision)
 
 
 def test_it_measures_every_candidate_and_says_so() -> None:
@@ -49,6 +50,25 @@ def test_it_measures_every_candidate_and_says_so() -> None:
     assert all(" ms" in line or "out, " in line for line in tuned.plan.evidence)
     assert all(line in tuned.explain() for line in tuned.plan.evidence)
     assert tuned.agreed() is tuned
+
+
+def test_a_precision_that_was_asked_for_is_kept() -> None:
+    plain = context("fp32").tuned(network(), IMAGES)
+    assert [line.split(":")[0] for line in plain.plan.evidence] == [
+        "fp32 contiguous",
+        "fp32 channels_last",
+    ]
+    assert (plain.plan.name, plain.plan.request) == ("fp32", "tuned fp32")
+    assert plain.agreed() is plain
+    assert plain.tuned(network(), IMAGES, cache=False).plan.request == "tuned fp32"
+    assert context("fp32").tuned(network(), IMAGES).plan.request == "tuned fp32"  # kept
+    assert context().tuned(network(), IMAGES).plan.request == "tuned"
+    with playing("cpu-avx512bf16"):
+        half = DeviceContext("cpu", precision="bf16").tuned(network(), IMAGES)
+        assert half.plan.evidence[0] == "fp32 contiguous: out, bf16 was asked for"
+        assert (half.plan.name, half.plan.request) == ("bf16", "tuned bf16")
+        with pytest.raises(RuntimeError, match="bf16 contiguous: out, ValueError: not in 16 bits"):
+            DeviceContext("cpu", precision="bf16").tuned(Fussy("fails"), torch.ones(3, 4))
 
 
 def test_a_model_without_images_has_one_layout() -> None:
