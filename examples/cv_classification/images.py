@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar, cast
@@ -11,7 +12,7 @@ from typing import NamedTuple, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from cv_classification.augment import Transform
 from cv_classification.config import Config, InputError
@@ -90,9 +91,30 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int, int]]):
         self.read = cache.read if cache else read_image
 
     def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, int, int]:
+        return self._draw(draw, self._read(draw))
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[torch.Tensor, int, int]]:
+        """A batch, decoded in as many threads as torch computes in: both never do at once."""
+        threads = 1 if get_worker_info() else torch.get_num_threads()
+        if threads == 1:
+            return [self[draw] for draw in draws]
+        with ThreadPoolExecutor(threads) as pool:  # decoders let other threads run
+            coming = deque(pool.submit(self._read, draw) for draw in draws[: 2 * threads])
+            made = []
+            for number, draw in enumerate(draws, 2 * threads):
+                picture = coming.popleft().result()
+                if number < len(draws):
+                    coming.append(pool.submit(self._read, draws[number]))
+                made.append(self._draw(draw, picture))
+            return made
+
+    def _read(self, draw: Draw) -> npt.NDArray[np.uint8]:
+        return self.read(self.samples[draw[0]].path)
+
+    def _draw(self, draw: Draw, picture: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, int, int]:
         index, variant, seed = draw
         self.set_random_seed(seed)
-        image = self.transform(self.read(self.samples[index].path), variant)
+        image = self.transform(picture, variant)
         channels_first = np.ascontiguousarray(image.transpose(2, 0, 1))
         return torch.from_numpy(channels_first), self.samples[index].label, index
 

@@ -29,6 +29,9 @@ from cv_classification.model import Trained, load_trained
 from cv_classification.parallel import gather
 from portable_amp import DeviceContext, split_on_oom
 
+Groups = list[Sequence[str]]
+"""Names of views; those of a group go through the model together."""
+
 
 def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
     """Turned counter-clockwise, edges drawn out: (N, C, S, S) float -> the same."""
@@ -55,7 +58,10 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def stack_views(images: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
     """images: (N, C, S, S), 0 to 255 -> (V, N, C, S, S) float32, one view per name."""
     images = images.float()
-    return torch.stack([VIEWS[name](images) for name in names])
+    views = [VIEWS[name](images) for name in names]
+    # Not torch.stack, which would lay them out channels first, whatever the images are.
+    together = torch.cat(views) if len(views) > 1 else views[0]
+    return together.view(len(names), *images.shape)
 
 
 def merge(logits: torch.Tensor) -> torch.Tensor:
@@ -90,20 +96,27 @@ def probabilities(
         if not dropouts:
             raise InputError(f"--mc-dropout {passes}: the model has no layer that drops anything")
 
-    def look(images: torch.Tensor, weight: float) -> torch.Tensor:
-        stacked = stack_views(images, views)
-        seen = torch.zeros((), device=ctx.device)
-        for _ in range(passes or 1):
-            with ctx.autocast():
-                logits = model(stacked.flatten(0, 1))
-            seen = seen + merge(logits.unflatten(0, stacked.shape[:2]))
-        return seen / (passes or 1)
-
     indexes, merged = [], []
     for images, _, index in tqdm(ahead(batches, ctx), "predict", len(batches), False, disable=None):
         indexes.append(index)
-        # The views of as many images in one pass as make its fastest size, or a batch.
-        size = max(1, (ctx.plan.chunk or len(images)) // len(views))
+        # A pass has as many samples as it is fastest with, or a batch: of one view while there
+        # are so many images, else of several.
+        chunk = ctx.plan.chunk or len(images)
+        size = min(chunk, len(images))
+        step = max(1, chunk // size)
+        groups: Groups = [views[at : at + step] for at in range(0, len(views), step)]
+
+        def look(images: torch.Tensor, weight: float, groups: Groups = groups) -> torch.Tensor:
+            seen = torch.zeros((), device=ctx.device)
+            for _ in range(passes or 1):
+                for group in groups:
+                    stacked = stack_views(images, group)
+                    with ctx.autocast():
+                        logits = model(stacked.flatten(0, 1))
+                    logits = logits.unflatten(0, stacked.shape[:2])
+                    seen = seen + merge(logits) * (len(group) / len(views))
+            return seen / (passes or 1)
+
         merged += split_on_oom(look, ctx.to(images), size=size)
     model.eval()
     # The only wait for the device.

@@ -168,7 +168,8 @@ def test_any_chunk_predicts_what_one_image_and_view_at_a_time_does(
     seen: list[int] = []
     model.register_forward_pre_hook(lambda _, images: seen.append(len(images[0])))
     found = probabilities(model, DataLoader(dataset, 4, sampler=draws), ctx, (*VIEWS,))
-    assert max(seen) <= max(chunk or 4, len(VIEWS))
+    assert max(seen) <= (chunk or 4)
+    assert chunk != 100 or max(seen) == 4 * len(VIEWS)  # few images: their views share a pass
     for index, draw in enumerate(draws):
         image = dataset[draw][0][None].float()
         views = [model(view(image)).softmax(-1)[0] for view in VIEWS.values()]
@@ -187,7 +188,7 @@ def never(*args, **kwargs):
 if ranks().rank == 1:
     context.tune = never
 model = torch.nn.Linear(4, 2).eval()
-plan = DeviceContext("cpu", precision="fp32").tuned(model, torch.ones(4, 4), cache=False).plan
+plan = DeviceContext("cpu").tuned(model, torch.ones(4, 4), cache=False).plan
 everyone = [None, None]
 torch.distributed.all_gather_object(everyone, plan)
 assert everyone[0] == everyone[1] == plan, everyone
