@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from cv_classification.data import Classes, Sample, read_labelled, split
 from cv_classification.decode import Cache, read_image
 from portable_amp import DeviceContext, Ranks, ranks
 
-T = TypeVar("T")
 Draw = tuple[int, int, int]
 """Which sample, in which of its transform's variants, and the seed of the augmentation."""
 Batches = DataLoader[tuple[torch.Tensor, int, int]]
@@ -207,18 +206,9 @@ def make_loader(
     return DataLoader(dataset, sampler=draws, **options)
 
 
-def ahead(batches: Iterable[T], ctx: DeviceContext) -> Iterator[T]:
-    """The same batches, each of which is loaded while the device computes with the one before."""
-    if ctx.backend.synchronize is None:
-        # It computes on the very cores that would load: 5 % slower, measured.
-        yield from batches
-        return
-    source, end = iter(batches), object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, source, end)
-        while (batch := coming.result()) is not end:
-            coming = pool.submit(next, source, end)
-            yield cast(T, batch)
+def ahead(batches: Batches, ctx: DeviceContext) -> Iterator[list[torch.Tensor]]:
+    """The same batches; images and labels, and not the indexes, wait on the device."""
+    return ctx.prefetch(batches, lambda batch: [*ctx.to(batch[:2]), batch[2]])
 
 
 def start_worker(worker: int) -> None:

@@ -101,11 +101,12 @@ def gather(value: T) -> list[T]:
     return found
 
 
-def total(*values: torch.Tensor | float, device: torch.device) -> list[float]:
-    """The sums over all processes of scalars, on the host: this waits for the device."""
-    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
-    if distributed.is_initialized():
-        distributed.all_reduce(stacked)
+def total(*values: float, device: torch.device) -> list[float]:
+    """The sums over all processes of numbers; several processes wait for their devices."""
+    if not distributed.is_initialized():
+        return [*values]
+    stacked = torch.tensor(values, dtype=torch.float32, device=device)
+    distributed.all_reduce(stacked)
     sums: list[float] = stacked.tolist()
     return sums
 

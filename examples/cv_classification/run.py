@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -70,14 +71,15 @@ class Run:
 
     def forward_backward(
         self, part: tuple[torch.Tensor, torch.Tensor], weight: float
-    ) -> torch.Tensor:
-        """Add up the gradients of a batch, or of a part with its `weight`; return its loss."""
+    ) -> Callable[[], torch.Tensor]:
+        """Add up the gradients of a batch, or of a part with its `weight`; what gives its loss."""
         images, targets = part
         with self.ctx.autocast():
             logits = self.net(images)
         loss: torch.Tensor = self.criterion(logits, targets) * (weight / self.group)
+        seen = self.ctx.fetch(loss)  # before the backward pass, which nobody has to wait for then
         self.scaler.scale(loss).backward()
-        return loss.detach()
+        return seen
 
     def save(self, name: str = "last.pt", *, best: bool = False) -> None:
         """Write a checkpoint; every process must call it, and the first one writes.

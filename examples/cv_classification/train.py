@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -164,7 +165,7 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
     ctx, net, progress, settings = run.ctx, run.net, run.progress, run.config.train
     mix = make_mixup(run.config, len(run.data.classes.names))
     net.train()
-    loss: torch.Tensor | float = 0.0
+    losses: list[Callable[[], torch.Tensor]] = []
     names: list[int] = []
     first = progress.batches
     quiet = None if ranks().is_main else True
@@ -173,22 +174,21 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
         # The last group of an epoch may be short.
         start = index - index % settings.accumulate
         run.group = min(settings.accumulate, len(batches) - start)
-        batch = ctx.to((images, labels))
-        if mix:
-            batch = mix(batch[0].float(), batch[1])
-        parts = split_on_oom(run.forward_backward, batch, parameters=net.parameters())
-        loss, names = loss + sum(parts), [*names, *indexes.tolist()]
+        batch = mix(images.float(), labels) if mix else (images, labels)
+        losses += split_on_oom(run.forward_backward, batch, parameters=net.parameters())
+        names += indexes.tolist()
         if index + 1 < start + run.group:
             continue
 
         world, stop = ranks().world_size, bool(interruptions.asked)
+        loss = sum(seen().item() for seen in losses)
         everywhere, asked = parallel.total(loss / world, float(stop), device=ctx.device)
         if take_step(run, everywhere, names):
             progress.updates += 1
             run.schedule.step(progress.updates)
             if run.ema:
                 run.ema.update(run.model)
-        loss, names, progress.batches = 0.0, [], index + 1
+        losses, names, progress.batches = [], [], index + 1
         if asked or (settings.save_every and progress.updates % settings.save_every == 0):
             run.save()
         if asked:

@@ -117,7 +117,7 @@ def probabilities(
                     seen = seen + merge(logits) * (len(group) / len(views))
             return seen / (passes or 1)
 
-        merged += split_on_oom(look, ctx.to(images), size=size)
+        merged += split_on_oom(look, images, size=size)
     model.eval()
     # The only wait for the device.
     mine = torch.cat(indexes), torch.cat(merged).cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -27,7 +27,7 @@ from portable_amp.notices import tell_once
 from portable_amp.plan_cache import keep, recall, signature
 from portable_amp.precision import Precision, PrecisionPlan, choose
 from portable_amp.scaler import ScalerShim
-from portable_amp.transfer import loader_options, to_device
+from portable_amp.transfer import fetch, loader_options, prefetch, to_device
 from portable_amp.tuning import TUNED, laid_out, mean_square, tune
 
 STRICT_VARIABLE = "PORTABLE_AMP_STRICT"
@@ -205,6 +205,38 @@ class DeviceContext:
             options: anything else a DataLoader takes; it wins over what is chosen here.
         """
         return {**loader_options(self.backend, num_workers, seed), **options}
+
+    def prefetch(
+        self, batches: Iterable[T], move: Callable[[T], Any] | None = None
+    ) -> Iterator[Any]:
+        """The same batches on the device, each made ready while it computes with the one before.
+
+        A thread loads them. With CUDA and XPU they are copied on a stream of their own, which the
+        device computes beside if they are pinned (see `loader_options`). A second batch takes
+        memory on the device. On a CPU each is loaded when it is asked for.
+
+        Args:
+            batches: a DataLoader, or anything else that yields batches.
+            move: what to move of one, and how, if not all of it; None: `to`.
+
+        >>> ctx = DeviceContext("cpu", precision="fp32")
+        >>> [int(x.sum()) for x, name in ctx.prefetch([(torch.ones(2), "a"), (torch.ones(3), "b")])]
+        [2, 3]
+        """
+        return prefetch(batches, move or self.to, self.device, self.backend)
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to copy a small tensor to the CPU; what is returned gives it, and waits for it.
+
+        `loss.item()` waits for all that the device was asked for before. Fetch the loss before the
+        backward pass, call the result after it, and with CUDA and XPU nothing but the forward pass
+        is waited for.
+
+        >>> seen = DeviceContext("cpu", precision="fp32").fetch(torch.tensor(0.5))
+        >>> seen().item()
+        0.5
+        """
+        return fetch(tensor, self.backend)
 
     def clear_cache(self, *, min_pressure: float | None = None) -> int | None:
         """Give this device's cached memory back; see `portable_amp.clear_cache`."""

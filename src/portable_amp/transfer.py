@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from portable_amp.backends import Backend
 from portable_amp.capabilities import Capabilities
 from portable_amp.errors import PrecisionFallbackWarning
-from portable_amp.nested import map_tensors
+from portable_amp.nested import map_tensors, tensors_in
 from portable_amp.notices import tell_once
 
 
@@ -51,6 +53,62 @@ def to_device(
         finally:
             future.set_swap_module_params_on_conversion(before)
     return map_tensors(move, value)
+
+
+def prefetch(
+    batches: Iterable[Any], move: Callable[[Any], Any], device: torch.device, backend: Backend
+) -> Iterator[Any]:
+    """What `move` makes of each batch, made while the device computes with the one before.
+
+    Where copies may be asynchronous they run on a stream of their own.
+    """
+    if backend.synchronize is None:
+        # The CPU: it computes on the very cores that would load. 5 % slower, measured.
+        yield from map(move, batches)
+        return
+    source, end = iter(batches), object()
+    streams: Any = torch.get_device_module(device) if backend.pins_memory else None
+    side = streams.Stream(device=device) if streams else None
+
+    def load() -> tuple[Any, Any]:
+        batch = next(source, end)
+        if batch is end or side is None:
+            return batch, None
+        with streams.stream(side):
+            return move(batch), side.record_event()
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(load)
+        while (loaded := coming.result())[0] is not end:
+            coming = pool.submit(load)
+            batch, copied = loaded
+            if side is None:
+                batch = move(batch)
+            else:
+                here = streams.current_stream(device)
+                here.wait_event(copied)
+                for tensor in tensors_in(batch):
+                    if tensor.device.type == device.type:
+                        # Or its memory could be given to the batch after next while it is read.
+                        tensor.record_stream(here)
+            yield batch
+
+
+def fetch(tensor: torch.Tensor, backend: Backend) -> Callable[[], torch.Tensor]:
+    """What returns `tensor` on the CPU as it is now, and waits for nothing asked for later."""
+    if not backend.pins_memory or tensor.device.type != backend.device_type:
+        kept = tensor.detach().clone()
+        return kept.cpu
+    streams: Any = torch.get_device_module(tensor.device)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
+    host.copy_(tensor.detach(), non_blocking=True)
+    copied = streams.current_stream(tensor.device).record_event()
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 def loader_options(backend: Backend, num_workers: int, seed: int | None) -> dict[str, Any]:

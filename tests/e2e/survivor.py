@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+import cv_classification.report  # noqa: F401  # and matplotlib, which takes longer than training
 from cv_classification.__main__ import main
 from portable_amp import load_checkpoint
 
@@ -86,7 +87,7 @@ def survive(folder: Path, kills: int, seed: int, arguments: list[str]) -> dict[s
         resumed = [*arguments, f"output={run}", "--resume", "auto"]
         while True:
             child = start(resumed, log)
-            time.sleep(dice.uniform(0.02, 0.6) * whole)
+            time.sleep(dice.uniform(0.02, 1.0) * whole)
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             if os.WIFEXITED(status):

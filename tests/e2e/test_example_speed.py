@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +20,9 @@ from cv_classification.augment import Transform, find_preset
 from cv_classification.config import InputError
 from cv_classification.data import Sample
 from cv_classification.decode import Cache, read_image
-from cv_classification.images import ImageDataset, ahead, evaluation_draws
+from cv_classification.images import ImageDataset, evaluation_draws
 from cv_classification.tta import VIEWS, probabilities
 from portable_amp import DeviceContext
-from portable_amp.testing import play
 
 GB = 1e-9
 
@@ -122,36 +119,6 @@ def test_workers_share_the_cache(paths: list[Path], tmp_path: Path) -> None:
         batches = DataLoader(cached, batch_size=None, sampler=draws, num_workers=2)
         for (image, *_), right in zip(batches, expected, strict=True):
             assert torch.equal(image, right)
-
-
-def test_ahead_is_one_batch_ahead_and_changes_nothing() -> None:
-    asked: list[int] = []
-    second = threading.Event()
-
-    def numbers() -> Iterator[int]:
-        for number in range(3):
-            asked.append(number)
-            if number == 1:
-                second.set()
-            yield number
-        raise ValueError("damaged")
-
-    here = DeviceContext("cpu")
-    with play("a100"):
-        there = DeviceContext("cuda")
-    assert list(ahead(range(3), here)) == list(ahead(range(3), there)) == [0, 1, 2]
-    batches = ahead(numbers(), there)
-    assert next(batches) == 0
-    assert second.wait(10)  # is loaded while nobody asks for it
-    assert asked == [0, 1]
-    assert next(batches) == 1
-    assert next(batches) == 2
-    with pytest.raises(ValueError, match="damaged"):
-        next(batches)
-    assert list(ahead([], there)) == []
-    left = ahead(iter(range(9)), there)
-    next(left)
-    left.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3, 100])

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import OrderedDict, namedtuple
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from portable_amp import DeviceContext, PrecisionFallbackWarning
 from portable_amp.backends import backend_for
+from portable_amp.testing import play
 from portable_amp.transfer import to_device
 from support import playing
 
@@ -164,3 +167,78 @@ def test_a_seed_fixes_the_order() -> None:
         return list(loader)
 
     assert order() == order() != list(range(20))
+
+
+def test_prefetching_is_one_batch_ahead_and_changes_nothing() -> None:
+    asked: list[int] = []
+    second = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        for number in range(3):
+            asked.append(number)
+            if number == 1:
+                second.set()
+            yield number
+        raise ValueError("damaged")
+
+    here = DeviceContext("cpu")
+    assert list(here.prefetch(range(3))) == [0, 1, 2]
+    assert next(here.prefetch(numbers())) == 0
+    assert asked.pop() == 0
+    with play("a100"):
+        there = DeviceContext("cuda")
+        assert list(there.prefetch(range(3))) == [0, 1, 2]
+        assert list(there.prefetch(range(3), lambda number: -number)) == [0, -1, -2]
+        batches = there.prefetch(numbers())
+        assert next(batches) == 0
+        assert second.wait(10)  # is loaded while nobody asks for it
+        assert asked == [0, 1]
+        assert next(batches) == 1
+        assert next(batches) == 2
+        with pytest.raises(ValueError, match="damaged"):
+            next(batches)
+        assert list(there.prefetch([])) == []
+        left = there.prefetch(iter(range(9)))
+        next(left)
+        left.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["h100", "arc-a770", "m2-macos14"])
+def test_prefetched_batches_are_waited_for_and_kept(name: str) -> None:
+    data = TensorDataset(torch.arange(6.0), torch.arange(6))
+    with play(name, live=True) as played:
+        ctx = DeviceContext(precision="fp32")
+        loader = DataLoader(data, **ctx.loader_options(batch_size=2))
+        found = []
+        for values, labels in ctx.prefetch(loader):
+            assert values.device.type == labels.device.type == ctx.device.type
+            if ctx.backend.pins_memory:
+                # The copy of this batch is over, for this stream, and its memory in use by it.
+                count = len(found) // 2 + 1
+                assert len(played.asked("wait_event")) == count
+                assert len(played.asked("record_stream")) == 2 * count
+                assert len(played.asked("record_event")) >= count
+                assert len(played.asked("stream")) >= count
+            found += values.cpu().tolist()
+        assert found == data.tensors[0].tolist()
+        copies = played.asked("copy", non_blocking=True)
+        assert len(copies) == (6 if ctx.backend.pins_memory else 0)
+        assert all(one.pinned for one in copies)
+        assert bool(played.asked("stream")) == ctx.backend.pins_memory
+        assert not played.asked("synchronize")
+
+
+@pytest.mark.parametrize("name", ["cpu", "h100", "arc-a770", "m2-macos14"])
+def test_what_is_fetched_is_as_it_was_and_waits_for_itself_alone(name: str) -> None:
+    with play(name, live=name != "cpu") as played:
+        ctx = DeviceContext(precision="fp32")
+        loss = torch.ones(2, requires_grad=True, device=ctx.device).sum() * 3
+        seen = ctx.fetch(loss)
+        waited = len(played.asked("wait_event"))
+        with torch.no_grad():
+            loss += 1
+        assert seen().item() == 6.0
+        assert seen().device.type == "cpu"
+        assert not seen().requires_grad
+        assert len(played.asked("wait_event")) > waited or not ctx.backend.pins_memory
+        assert not played.asked("synchronize")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType, SimpleNamespace
@@ -76,6 +77,81 @@ def vendor(played: Played) -> Fakes:
     yield torch, played.kind, module
 
 
+class _Event:
+    """A mark in a queue of the played device."""
+
+    def __init__(self, played: Played) -> None:
+        self.played = played
+
+    def record(self, stream: Any = None) -> None:
+        self.played.record("record_event")
+
+    def wait(self, stream: Any = None) -> None:
+        self.played.record("wait_event")
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self.played.record("wait_event")
+        self.played.settle()
+
+
+class _Stream:
+    """A queue of the played device, which computes everything at once and in order."""
+
+    def __init__(self, played: Played) -> None:
+        self.played = played
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event(self.played)
+        event.record(self)
+        return event
+
+    def wait_event(self, event: _Event) -> None:
+        event.wait(self)
+
+    def wait_stream(self, stream: _Stream) -> None:
+        self.wait_event(stream.record_event())
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
+
+    def is_capturing(self) -> bool:
+        return False
+
+
+def _streams(played: Played) -> dict[str, Callable[..., Any]]:
+    """Streams and events of a module like torch.cuda."""
+    first = _Stream(played)
+    chosen = threading.local()
+
+    @contextlib.contextmanager
+    def use(stream: _Stream | None) -> Iterator[None]:
+        before = here()
+        chosen.stream = stream or before
+        played.record("stream")
+        try:
+            yield
+        finally:
+            chosen.stream = before
+
+    def here(device: Any = None) -> _Stream:
+        stream: _Stream = getattr(chosen, "stream", first)
+        return stream
+
+    return {
+        "Event": lambda *args, **options: _Event(played),
+        "Stream": lambda *args, **options: _Stream(played),
+        "stream": use,
+        "current_stream": here,
+        "default_stream": lambda device=None: first,
+    }
+
+
 def _cuda_functions(played: Played) -> dict[str, Callable[..., Any]]:
     hardware = played.machine.hardware
     kind = hardware.device_type
@@ -116,6 +192,7 @@ def _cuda_functions(played: Played) -> dict[str, Callable[..., Any]]:
     ]
     return {
         **_shared(played),
+        **_streams(played),
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "init": lambda: None,
@@ -157,8 +234,7 @@ def _shared(played: Played) -> dict[str, Callable[..., Any]]:
 
     def synchronize(device: Any = None) -> None:
         played.record("synchronize")
-        for place in played.places:
-            place.settle()
+        played.settle()
 
     def empty_cache() -> None:
         played.record("empty_cache")

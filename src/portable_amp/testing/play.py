@@ -29,7 +29,8 @@ class Call:
     """Something that was asked of the played device."""
 
     name: str
-    """"copy", "pin_memory", "autocast", "scale", "synchronize", "empty_cache" or "compile"."""
+    """"copy", "pin_memory", "autocast", "scale", "synchronize", "empty_cache", "compile", "stream",
+    "record_event", "wait_event" or "record_stream"."""
     non_blocking: bool = False
     """The copy was allowed to be asynchronous."""
     pinned: bool = False
@@ -105,6 +106,11 @@ class Played:
             yield
         finally:
             self._here.backward_on = before
+
+    def settle(self) -> None:
+        """Let all copies under way arrive."""
+        for place in self.places:
+            place.settle()
 
     def owns(self, device: Any) -> bool:
         """Whether this names an accelerator, which this machine has or has not."""

@@ -202,6 +202,9 @@ class Shadow(torch.Tensor):
 
         return self._raw.register_post_accumulate_grad_hook(run)
 
+    def record_stream(self, stream: Any) -> None:
+        stream.played.record("record_stream")
+
     def tolist(self) -> Any:
         return self.raw.tolist()
 
