@@ -1,6 +1,6 @@
 #!/usr/bin/env sh
 # All tables, with machine, versions and date: benchmarks/run.sh [FOLDER] (docs/explanation/evidence).
-# Needs the extra `example`, accelerate, lightning-fabric, ttach and matplotlib; PYTHON names the interpreter.
+# Under 20 minutes on 2 cores. Needs the extra `example`, accelerate, lightning-fabric, ttach and matplotlib; PYTHON names the interpreter.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -12,5 +12,6 @@ export PYTHONPATH
 "$python" benchmarks/tta.py --out "$out"
 "$python" benchmarks/training.py --out "$out"
 "$python" benchmarks/scale.py --out "$out"
+"$python" benchmarks/gpu.py --out "$out"
 "$python" benchmarks/plots.py "$out"
 "$python" benchmarks/scan.py --json "$out/scan.json"

@@ -100,7 +100,7 @@ def fetch(tensor: torch.Tensor, backend: Backend) -> Callable[[], torch.Tensor]:
         kept = tensor.detach().clone()
         return kept.cpu
     streams: Any = torch.get_device_module(tensor.device)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()  # noqa: PAM503
     host.copy_(tensor.detach(), non_blocking=True)
     copied = streams.current_stream(tensor.device).record_event()
 

@@ -339,3 +339,11 @@ def test_another_torch_on_the_same_machine() -> None:
         ctx = DeviceContext(precision="fp32")
         assert not ctx.capabilities.grad_scaler
         assert ctx.capabilities.bfloat16 is portable_amp.Support.NATIVE
+
+
+def test_a_live_batch_can_be_cut_in_inference_mode() -> None:
+    with play("t4", live=True):
+        batch = torch.arange(6.0).to("cuda")
+        with torch.inference_mode():
+            part = batch[2:4] + torch.ones(2, device="cuda")
+        assert part.cpu().tolist() == [3.0, 4.0]

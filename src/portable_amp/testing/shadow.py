@@ -116,7 +116,8 @@ class Shadow(torch.Tensor):
     @staticmethod
     def __new__(cls, raw: torch.Tensor, place: Place) -> Shadow:
         place.admit(raw)
-        with torch.no_grad(), _unwatched():
+        # A view of an ordinary tensor is one in inference mode, too.
+        with torch.inference_mode(raw.is_inference()), torch.no_grad(), _unwatched():
             outline = torch.empty_strided(raw.shape, raw.stride(), dtype=raw.dtype, device="meta")
             # Private to torch, tested on 2.4 to 2.15: the one way to other dispatch keys.
             made: Shadow = torch.Tensor._make_subclass(
