@@ -2,7 +2,7 @@
 
     python benchmarks/tta.py [--out FOLDER]
 
-1,000 JPEGs (200 for the slow models) at 224 px, two views, 17 classes, random weights; in slices of
+1,000 JPEGs (500 for the slow models) at 224 px, two views, 17 classes, random weights; in slices of
 50 images, on which every way has its turn. "image by image" clears the cache after each pass, as
 the project did that the example was made of. ttach is measured where it is installed.
 """
@@ -36,7 +36,7 @@ except ImportError:
 
 SLICE, SIZE, BATCH = 50, 224, 32
 VIEWS = ("identity", "fliplr")
-MODELS = {"test_resnet": 1000, "resnet18": 1000, "vit_tiny_patch16_224": 1000}
+MODELS = {"test_resnet": 1000, "resnet18": 500, "vit_tiny_patch16_224": 500}
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 

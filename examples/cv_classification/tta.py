@@ -34,7 +34,8 @@ Groups = list[Sequence[str]]
 
 
 def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
-    """Turned counter-clockwise, edges drawn out: (N, C, S, S) float -> the same."""
+    """Turned counter-clockwise, edges drawn out: (N, C, S, S) -> the same, float32."""
+    images = images.float()
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = images.new_tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
@@ -56,8 +57,10 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def stack_views(images: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """images: (N, C, S, S), 0 to 255 -> (V, N, C, S, S) float32, one view per name."""
-    images = images.float()
+    """images: (N, C, S, S), 0 to 255 -> (V, N, C, S, S), one view per name.
+
+    Bytes stay bytes, which a Classifier takes too, unless a view has to interpolate.
+    """
     views = [VIEWS[name](images) for name in names]
     # Not torch.stack, which would lay them out channels first, whatever the images are.
     together = torch.cat(views) if len(views) > 1 else views[0]
@@ -81,6 +84,7 @@ def probabilities(
 ) -> torch.Tensor:
     """Probabilities (N, C) float32 on the CPU, by the index of the sample.
 
+    The model takes images as a Classifier does, bytes too.
     The mean over `views`, over the random views that the loader draws of a sample, and over so many
     `passes` with dropout; `together` with the other processes, each of which has its share.
 

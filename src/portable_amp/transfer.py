@@ -71,11 +71,11 @@ def prefetch(
     side = streams.Stream(device=device) if streams else None
 
     def load() -> tuple[Any, Any]:
-        batch = next(source, end)
-        if batch is end or side is None:
-            return batch, None
-        with streams.stream(side):
-            return move(batch), side.record_event()
+        if side is None:
+            return next(source, end), None
+        with streams.stream(side):  # pinning, too, is for this device, not for a thread's first
+            batch = next(source, end)
+            return (batch if batch is end else move(batch)), side.record_event()
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(load)

@@ -265,10 +265,10 @@ def test_views_are_numpys(name: str) -> None:
     """NumPy's functions are for one image (H, W, C); torch's of the same names are for batches."""
     images = torch.arange(2 * 3 * 5 * 5, dtype=torch.uint8).reshape(2, 3, 5, 5)
     (views,) = stack_views(images, [name])
-    assert views.dtype is torch.float32
+    assert views.dtype is torch.uint8
     for view, image in zip(views, images, strict=True):
         expected = ORACLES[name](image.permute(1, 2, 0).numpy())
-        assert np.array_equal(view.permute(1, 2, 0).numpy(), expected.astype(np.float32))
+        assert np.array_equal(view.permute(1, 2, 0).numpy(), expected)
 
 
 def test_rotation_turns_counter_clockwise() -> None:
@@ -278,6 +278,9 @@ def test_rotation_turns_counter_clockwise() -> None:
     flat = torch.full((1, 3, 8, 8), 7.0)
     torch.testing.assert_close(rotate(flat, 5), flat)  # no black corners
     torch.testing.assert_close(VIEWS["rotate-5"](images), rotate(images, -5))
+    raw = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(rotate(raw, 5), rotate(raw.float(), 5))
+    assert stack_views(raw, ["identity", "rotate+5"]).dtype is torch.float32
 
 
 def test_presets_name_views_that_keep_the_class() -> None:

@@ -21,6 +21,7 @@ from cv_classification.config import InputError
 from cv_classification.data import Sample
 from cv_classification.decode import Cache, read_image
 from cv_classification.images import ImageDataset, evaluation_draws
+from cv_classification.model import Classifier
 from cv_classification.tta import VIEWS, probabilities
 from portable_amp import DeviceContext
 
@@ -126,7 +127,8 @@ def test_any_chunk_predicts_what_one_image_and_view_at_a_time_does(
     paths: list[Path], chunk: int | None
 ) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 3)).eval()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))
+    model = Classifier(net, 16, (0.5, 0.4, 0.3), (0.3, 0.3, 0.3)).eval()
     ctx = DeviceContext("cpu", precision="fp32")
     ctx.__dict__["plan"] = replace(ctx.plan, chunk=chunk)
     samples = [Sample(path.name, path, 0) for path in paths]

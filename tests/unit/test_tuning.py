@@ -350,6 +350,17 @@ def test_a_cache_that_cannot_be_written_is_none(
     assert context().tuned(nn.Linear(4, 2), torch.ones(3, 4)).plan.request == "tuned"
 
 
+def test_a_full_disk_leaves_nothing_half_written(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert context().tuned(nn.Linear(4, 2), torch.ones(3, 4)).plan.request == "tuned"
+    assert [*cache.iterdir()] == []
+
+
 def test_rank_0_decides_and_fails_for_all(tmp_path: Path) -> None:
     assert of_rank_0(lambda: 3) == 3
     torch.distributed.init_process_group(
