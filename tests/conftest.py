@@ -18,10 +18,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fresh(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """Each test starts with nothing told, no settings, and leaves autocast as it found it."""
     for name in support.SETTINGS:
         monkeypatch.delenv(name, raising=False)
+    # Whoever runs the tests is not to find their plans among his own.
+    monkeypatch.setenv("PORTABLE_AMP_CACHE", str(tmp_path_factory.getbasetemp() / "plans"))
     support.forget()
     dtypes = {kind: torch.get_autocast_dtype(kind) for kind in support.KINDS}
     yield
