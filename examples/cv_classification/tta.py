@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +73,29 @@ def merge(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().softmax(-1).mean(0)
 
 
+@dataclass(eq=False)  # it is itself; split_on_oom remembers what fitted for each
+class Looks:
+    """What one prediction looks at of each image."""
+
+    model: nn.Module
+    ctx: DeviceContext
+    views: Sequence[str]
+    passes: int
+    groups: Groups = field(default_factory=list)
+
+    def mean(self, images: torch.Tensor, weight: float) -> torch.Tensor:
+        """images: (N, C, S, S) -> probabilities (N, classes) float32, over views and passes."""
+        seen = torch.zeros((), device=self.ctx.device)
+        for _ in range(self.passes):
+            for group in self.groups:
+                stacked = stack_views(images, group)
+                with self.ctx.autocast():
+                    logits = self.model(stacked.flatten(0, 1))
+                logits = logits.unflatten(0, stacked.shape[:2])
+                seen = seen + merge(logits) * (len(group) / len(self.views))
+        return seen / self.passes
+
+
 @torch.inference_mode()
 def probabilities(
     model: nn.Module,
@@ -100,6 +124,7 @@ def probabilities(
         if not dropouts:
             raise InputError(f"--mc-dropout {passes}: the model has no layer that drops anything")
 
+    looks = Looks(model, ctx, views, passes or 1)
     indexes, merged = [], []
     for images, _, index in tqdm(ahead(batches, ctx), "predict", len(batches), False, disable=None):
         indexes.append(index)
@@ -108,20 +133,8 @@ def probabilities(
         chunk = ctx.plan.chunk or len(images)
         size = min(chunk, len(images))
         step = max(1, chunk // size)
-        groups: Groups = [views[at : at + step] for at in range(0, len(views), step)]
-
-        def look(images: torch.Tensor, weight: float, groups: Groups = groups) -> torch.Tensor:
-            seen = torch.zeros((), device=ctx.device)
-            for _ in range(passes or 1):
-                for group in groups:
-                    stacked = stack_views(images, group)
-                    with ctx.autocast():
-                        logits = model(stacked.flatten(0, 1))
-                    logits = logits.unflatten(0, stacked.shape[:2])
-                    seen = seen + merge(logits) * (len(group) / len(views))
-            return seen / (passes or 1)
-
-        merged += split_on_oom(look, images, size=size)
+        looks.groups = [views[at : at + step] for at in range(0, len(views), step)]
+        merged += split_on_oom(looks.mean, images, size=size)
     model.eval()
     # The only wait for the device.
     mine = torch.cat(indexes), torch.cat(merged).cpu()
