@@ -111,20 +111,22 @@ def tune(
         if not runs:
             raise RuntimeError("; ".join(one.told() for one in found))
         _race(runs, clock)
-        runs = [run for run in runs if run.candidate is fastest(found)]
+        best = fastest(found)
         if compiled:
-            winner = runs[0].candidate
-            found.append(Candidate(winner.dtype, winner.layout, compiled=True))
+            found.append(Candidate(best.dtype, best.layout, compiled=True))
             run = _Run(found[-1], prepared, device, loss, wait, training=model.training)
             run.check(reference)
-            runs += [] if found[-1].out else [run]
+            # The two alone, measured anew: what others took before is not to be compared with that.
+            runs = [*(one for one in runs if one.candidate is best), run]
+            runs = [one for one in runs if not one.candidate.out]
             clock = _Clock(found, budget_s)
             _race(runs, clock)
-            runs = [run for run in runs if run.candidate is fastest(found)]
-        per_sample = {} if model.training else runs[0].chunks(clock)
+            best = fastest([one.candidate for one in runs])
+        (run,) = (one for one in runs if one.candidate is best)
+        per_sample = {} if model.training else run.chunks(clock)
     finally:
         set_rng_state(before)
-    return decide(found, per_sample, f"tuned {NAMES[dtype]}" if dtype else TUNED)
+    return decide(found, per_sample, f"tuned {NAMES[dtype]}" if dtype else TUNED, best=best)
 
 
 def fastest(found: list[Candidate]) -> Candidate:
@@ -141,9 +143,11 @@ def decide(
     found: list[Candidate],
     per_sample: Mapping[int, float] | None = None,
     request: str = TUNED,
+    *,
+    best: Candidate | None = None,
 ) -> PrecisionPlan:
     """The plan of what was measured; per_sample: seconds, by the samples in one pass."""
-    best, plain = fastest(found), next(one for one in found if not one.out)
+    best, plain = best or fastest(found), next(one for one in found if not one.out)
     median = statistics.median(best.seconds)
     chunk = None
     for size, seconds in (per_sample or {}).items():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from portable_amp import DeviceContext, rng_state
+from portable_amp import DeviceContext, rng_state, tuning
 from portable_amp.backends import backend_for
 from portable_amp.distributed import of_rank_0
 from portable_amp.plan_cache import CACHE_VARIABLE
@@ -290,6 +290,26 @@ def faster(model: nn.Module) -> None:
 class Swift(Crowded):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
+
+
+def test_the_winner_and_its_compiled_self_are_compared_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    races = 0
+
+    def race(runs: list[Any], clock: Any) -> None:
+        nonlocal races
+        races += 1
+        for run in runs:  # in the second race the machine is ten times as slow
+            bf16 = run.candidate.dtype is torch.bfloat16
+            run.candidate.seconds[:] = [(1.0 if bf16 else 2.0) * 10.0 ** (races - 1)]
+
+    monkeypatch.setattr(tuning, "_race", race)
+    monkeypatch.setattr(nn.Module, "compile", lambda model: None)
+    with playing("cpu-avx512bf16"):
+        ctx = DeviceContext("cpu")
+        plan = ctx.tuned(nn.Linear(4, 2).eval(), torch.ones(3, 4), cache=False, compile=True).plan
+    assert (races, plan.name, plan.compiled) == (2, "bf16", False)
 
 
 def test_a_compiler_that_fails_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
