@@ -245,10 +245,9 @@ def _read_cpu(device: torch.device) -> Hardware:
 def _cpu_channels_last_fault(model: torch.nn.Module) -> str:
     # Source: uxlfoundation/oneDNN#6035, seen with torch 2.15 on AVX512: the gradient of such a
     # weight is computed beyond the end of its workspace, which corrupts memory or the result.
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if model.training else ():
         if (
-            model.training
-            and isinstance(module, torch.nn.Conv2d)
+            isinstance(module, torch.nn.Conv2d)
             and module.kernel_size == (1, 1)
             and max(module.stride) > 1
             and module.in_channels // module.groups < 16

@@ -103,7 +103,7 @@ def tune(
             run = _Run(one, shared, device, loss, wait, training=model.training)
             result = run.check(reference)
             reference = reference or result
-            if reference is None or (one is found[0] and one.out):
+            if one is found[0] and one.out:
                 raise RuntimeError(f"the model cannot be measured: {one.out}")
             if dtype not in (None, one.dtype):
                 one.out = f"{NAMES[dtype]} was asked for"

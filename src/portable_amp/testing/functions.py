@@ -281,7 +281,7 @@ def _accelerator(played: Played) -> Fakes:
     yield module, "set_device_index", played.set_current
     yield module, "synchronize", _shared(played)["synchronize"]
     # Optimizers ask whether a graph is being captured.
-    yield module, "current_stream", lambda device=None: SimpleNamespace(is_capturing=lambda: False)
+    yield module, "current_stream", _streams(played)["current_stream"]
     if hasattr(module, "empty_cache"):  # torch 2.9+, with the statistics
         yield module, "empty_cache", _shared(played)["empty_cache"]
         ledger = played.places[0].ledger
