@@ -6,9 +6,11 @@ import collections
 import contextlib
 import os
 import pickle
+import secrets
+import stat
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +37,13 @@ def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> N
     Raises:
         CheckpointError: something in the state cannot be loaded safely, or the disk refuses.
     """
-    target = Path(path)
     plain = _plain(state, "state")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(plain, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync_folder(target.parent)
     # A full disk reaches us as RuntimeError, from inside torch's zip writer.
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write {str(target)!r}: {_one_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        raise CheckpointError(f"cannot write {str(path)!r}: {_one_line(error)}") from error
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -88,6 +81,62 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return loaded
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file to write, which becomes `path` at the end of the block: whole, or not at all.
+
+    The new file is `.NAME.*.tmp` in the same folder; it is put onto the disk and renamed. An
+    exception in the block leaves `path` as it was, and no new file. A symbolic link stays, and what
+    it points to is replaced. A file that is replaced hands its permissions on.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with replacing(f"{folder}/notes.txt") as new:
+    ...         _ = new.write_text("all of it")
+    ...     Path(folder, "notes.txt").read_text()
+    'all of it'
+
+    Raises:
+        OSError: `path` is a device, a pipe, a folder, this program's own output or write-protected;
+            its folder does not exist; or the disk refuses.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        old = Path(path).stat()  # as given: what /dev/stdout leads to may have no name
+    except FileNotFoundError:
+        old = None
+    except ValueError as error:  # a NUL, or what the file system's encoding lacks
+        raise OSError(f"no path: {error}") from None
+    if old and (why := _why_not_replaceable(path, old)):
+        raise OSError(why)
+    # By `open`, and not by `tempfile`: its permissions are those of any new file.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    temporary.open("xb").close()
+    try:
+        if old:
+            temporary.chmod(stat.S_IMODE(old.st_mode))
+        yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # gone already if all went well
+    _sync_folder(target.parent)
+
+
+def _why_not_replaceable(path: str | os.PathLike[str], old: os.stat_result) -> str:
+    if stat.S_ISDIR(old.st_mode):
+        return "it is a folder"
+    if not stat.S_ISREG(old.st_mode):
+        return "it is a device, a pipe or a socket, and no file"
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(old, os.fstat(stream)):
+                return "this program's own output goes there"
+    return "" if os.access(path, os.W_OK) else "it is write-protected"
+
+
 def _plain(value: Any, where: str) -> Any:
     """`value` in types that torch.load takes with weights_only=True; refuses what it would not."""
     if isinstance(value, torch.Tensor):
@@ -118,14 +167,13 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the renaming itself onto the disk, where the system lets a folder be opened."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Put the renaming itself onto the disk, where folders can be opened and synced."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _one_line(error: BaseException) -> str:

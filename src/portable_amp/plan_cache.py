@@ -6,13 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from portable_amp.capabilities import Capabilities
+from portable_amp.checkpoint import replacing
 from portable_amp.nested import tensors_in
 from portable_amp.precision import PrecisionPlan
 from portable_amp.tuning import LAYOUTS, NAMES
@@ -86,12 +86,5 @@ def keep(key: str, plan: PrecisionPlan) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(data, file)
-                file.flush()
-                os.fsync(handle)
-            Path(name).replace(folder / f"{key}.json")
-        finally:
-            Path(name).unlink(missing_ok=True)  # gone already if all went well
+        with replacing(folder / f"{key}.json") as new:
+            new.write_text(json.dumps(data), encoding="utf-8")

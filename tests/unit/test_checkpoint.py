@@ -4,9 +4,11 @@ import enum
 import io
 import os
 import pickle
+import stat
 import sys
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 from portable_amp import CheckpointError, load_checkpoint, save_checkpoint
 from portable_amp import checkpoint as module
+from portable_amp.checkpoint import replacing
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -182,18 +185,139 @@ def test_a_failure_at_any_step_keeps_the_old_checkpoint(
 def test_it_is_on_the_disk_before_it_takes_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order: list[str] = []
+    """Whole in the temporary file, synced, renamed, and then the renaming itself is synced."""
+    order: list[Any] = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: order.append("fsync") or fsync(fd))
+
+    def synced(handle: int) -> None:
+        on = Path(f"/proc/self/fd/{handle}").resolve()
+        order.append("the folder" if on == tmp_path else on.read_bytes())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(
         Path, "replace", lambda self, to: order.append("replace") or replace(self, to)
     )
     save_checkpoint(tmp_path / "c.pt", {"a": 1})
-    assert order[:2] == ["fsync", "replace"]
+    assert order == [(tmp_path / "c.pt").read_bytes(), "replace", "the folder"]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is in its place by then, and some file systems sync no folders."""
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    save_checkpoint(tmp_path / "c.pt", {"a": 1})
+    assert load_checkpoint(tmp_path / "c.pt") == {"a": 1}
+
+
+def test_two_threads_may_save_one_path(tmp_path: Path) -> None:
+    path, states = tmp_path / "c.pt", [{"of": torch.full((5000,), i)} for i in range(4)]
+
+    def save(state: dict[str, Any]) -> None:
+        for _ in range(10):
+            save_checkpoint(path, state)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, states))
+    loaded = load_checkpoint(path)["of"]
+    assert any(torch.equal(loaded, state["of"]) for state in states)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_names_of_temporary_files_are_never_the_same_and_can_be_found(tmp_path: Path) -> None:
+    seen = set()
+    for _ in range(20):
+        with replacing(tmp_path / "a.txt") as new:
+            assert list(tmp_path.glob(".a.txt.*.tmp")) == [new]
+            seen.add(new.name)
+    assert len(seen) == 20
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
-def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+def test_permissions_are_those_of_any_new_file_or_of_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("x")
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"a": 1})
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    path.chmod(0o600)
+    with replacing(path) as new:
+        assert new.stat().st_mode == path.stat().st_mode
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links and devices of POSIX")
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "last.pt", tmp_path / "disk/epoch1.pt"
+    link.symlink_to("disk/epoch1.pt")
+    for epoch in (1, 2):  # its target is made, then replaced
+        save_checkpoint(link, {"epoch": epoch})
+        assert link.is_symlink()
+        assert load_checkpoint(target) == {"epoch": epoch}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "epoch1.pt", "last.pt"]
+
+
+def other_kinds(folder: Path) -> dict[str, str]:
+    """What is no file to replace, and what is said of it."""
+    os.mkfifo(folder / "fifo")
+    (folder / "folder").mkdir()
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "device").symlink_to("/dev/null")
+    return {
+        "fifo": "a device, a pipe or a socket",
+        "device": "a device, a pipe or a socket",
+        "/dev/null": "a device, a pipe or a socket",
+        "folder": "a folder",
+        "loop": "Too many levels",
+        "nul\0": "no path",
+        "\ud800": "no path",
+        "a" * 300: "too long",
+    }
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links and devices of POSIX")
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    said = other_kinds(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for name, why in said.items():
+        with pytest.raises(CheckpointError, match=f"cannot write .*{why}") as caught:
+            save_checkpoint(tmp_path / name, {"a": 1})
+        assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="/dev/stdout")
+@pytest.mark.usefixtures("capfd")  # which sends both to files
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_programs_own_output_is_not_replaced(stream: str) -> None:
+    assert Path(f"/dev/{stream}").is_file()
+    with pytest.raises(CheckpointError, match="own output"):
+        save_checkpoint(f"/dev/{stream}", {"a": 1})
+
+
+def test_a_write_protected_file_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_checkpoint(tmp_path / "c.pt", {"a": 1})
-    assert (tmp_path / "c.pt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may do anything
+    with pytest.raises(CheckpointError, match="write-protected"):
+        save_checkpoint(tmp_path / "c.pt", {"a": 2})
+    assert load_checkpoint(tmp_path / "c.pt") == {"a": 1}
+
+
+def test_a_block_that_fails_leaves_the_file_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a.txt") as new:
+        new.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
