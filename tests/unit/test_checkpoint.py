@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import enum
+import gzip
 import io
 import os
 import pickle
 import stat
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from portable_amp import CheckpointError, load_checkpoint, save_checkpoint
-from portable_amp import checkpoint as module
+from portable_amp import CheckpointError, checkpoint, load_checkpoint, save_checkpoint
 from portable_amp.checkpoint import replacing
 
 
@@ -83,8 +86,8 @@ class Code:
 
 @pytest.mark.parametrize(
     "value",
-    [{1, 2}, b"x", object(), Code(), lambda: None, {"deep": [Path("x")]}, {None: 1}],
-    ids=["set", "bytes", "object", "code", "function", "path", "none"],
+    [{1, 2}, b"x", object(), Code(), lambda: None, {"deep": [Path("x")]}, {b"x": 1}],
+    ids=["set", "bytes", "object", "code", "function", "path", "key"],
 )
 def test_what_could_not_be_loaded_is_refused_when_saving(tmp_path: Path, value: Any) -> None:
     save_checkpoint(tmp_path / "c.pt", {"epoch": 1})
@@ -142,6 +145,171 @@ def test_damaged_foreign_and_malicious_files_are_refused(
     assert not Path("executed").exists()
 
 
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.ones(2))
+    return buffer.getvalue()
+
+
+def script() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer torches say that it is going away
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
+    return buffer.getvalue()
+
+
+def safetensors() -> bytes:
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+FOREIGN = {
+    "is empty": b"",
+    "gzip": gzip.compress(zipped({"a": 1})),
+    "safetensors.torch.load_file": safetensors(),
+    "torch.jit.load": script(),
+    "without a checkpoint": npz(),
+    "numpy.load": b"\x93NUMPY\x01\0",
+    "HDF5": b"\x89HDF\r\n",
+    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\n",
+    "whose code would run": zipped({"model": Code()}),
+    "no checkpoint, or damaged, or": pickle.dumps(Code()),
+    "holds a list": zipped([1]),
+}
+
+
+@pytest.mark.parametrize("why", FOREIGN)
+def test_it_is_said_what_a_file_is(tmp_path: Path, why: str) -> None:
+    path = tmp_path / "c.pt"
+    path.write_bytes(FOREIGN[why])
+    with pytest.raises(CheckpointError, match=why) as caught:
+        load_checkpoint(path)
+    assert ("code" in str(caught.value)) is (b"mkdir" in FOREIGN[why])
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    """In every byte one: what loads has the same in it; torch alone would not see it."""
+    path, state = tmp_path / "c.pt", {"a": torch.zeros(40), "b": 1.5, "c": [True, "x"]}
+    save_checkpoint(path, state)
+    good, refused = path.read_bytes(), 0
+    for at in range(len(good)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        try:
+            loaded = load_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+        else:  # a date, or what fills up to a multiple of 64 bytes
+            assert torch.equal(loaded.pop("a"), state["a"])
+            assert loaded == {"b": 1.5, "c": [True, "x"]}
+    assert refused > 700
+    at = good.index(bytes(160)) + 7
+    path.write_bytes(good[:at] + b"\1" + good[at + 1 :])
+    assert torch.load(path, weights_only=True)["a"].any()
+    with pytest.raises(CheckpointError, match="checksum of 'archive/data/0' is wrong"):
+        load_checkpoint(path)
+
+
+def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    for good in (zipped({"a": torch.zeros(40)}), legacy({"a": torch.zeros(40)})):
+        for length in range(len(good)):
+            path.write_bytes(good[:length])
+            with pytest.raises(CheckpointError):
+                load_checkpoint(path)
+
+
+@given(
+    st.sampled_from([b"", b"\x80\x02", b"PK\x03\x04", b"\x80\x02}q\x00X", legacy({"a": 1})[:99]]),
+    st.binary(max_size=300),
+    st.sampled_from([b"", b".", zipped({"a": 1})[-300:]]),
+)
+@settings(max_examples=200)
+def test_junk_is_refused_in_one_line(
+    tmp_path: Path, start: bytes, middle: bytes, end: bytes
+) -> None:
+    (tmp_path / "c.pt").write_bytes(start + middle + end)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "c.pt")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="a device or a pipe"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_checksums_are_written_where_torch_was_told_not_to(tmp_path: Path) -> None:
+    put = getattr(torch.serialization, "set_crc32_options", None)
+    if put is None:
+        pytest.skip(f"torch {torch.__version__} always writes them")
+    put(False)
+    try:
+        save_checkpoint(tmp_path / "c.pt", {"a": torch.ones(2)})
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        put(True)
+    assert load_checkpoint(tmp_path / "c.pt")["a"].tolist() == [1, 1]
+
+
+def test_what_torch_would_not_load_again_never_takes_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever gets through our own list: a later torch may load less."""
+    save_checkpoint(tmp_path / "c.pt", {"epoch": 1})
+    monkeypatch.setattr(checkpoint, "_plain", lambda state, where: state)
+    with pytest.raises(CheckpointError, match="cannot load it without running code"):
+        save_checkpoint(tmp_path / "c.pt", {"x": Path("x")})
+    assert load_checkpoint(tmp_path / "c.pt") == {"epoch": 1}
+
+
+def test_it_is_proven_where_files_cannot_be_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = torch.load
+
+    def no_maps(file: Any, *args: Any, mmap: bool = False, **how: Any) -> Any:
+        if mmap:
+            raise RuntimeError("unable to mmap: No such device")
+        return load(file, *args, **how)
+
+    monkeypatch.setattr(torch, "load", no_maps)
+    save_checkpoint(tmp_path / "c.pt", {"epoch": 1})
+    with pytest.raises(CheckpointError, match="cannot load it"):
+        save_checkpoint(tmp_path / "c.pt", {"x": 10**700})
+    assert load_checkpoint(tmp_path / "c.pt") == {"epoch": 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
+def test_names_may_be_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"gr\xf6\xdfe.pt")
+    save_checkpoint(path, {"a": torch.ones(2)})
+    assert load_checkpoint(path)["a"].tolist() == [1, 1]
+
+
+def test_the_versions_of_modules_come_along(tmp_path: Path) -> None:
+    state = torch.nn.BatchNorm1d(1).state_dict()
+    save_checkpoint(tmp_path / "c.pt", {"model": state})
+    loaded = load_checkpoint(tmp_path / "c.pt")["model"]
+    assert loaded._metadata == state._metadata == {"": {"version": 2}}
+
+
+def test_tied_weights_stay_one(tmp_path: Path) -> None:
+    weight = torch.ones(100_000)
+    save_checkpoint(tmp_path / "c.pt", {"a": weight, "b": torch.nn.Parameter(weight)})
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+    assert (tmp_path / "c.pt").stat().st_size < 500_000
+
+
+def test_a_state_is_a_mapping(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="state is a list"):
+        save_checkpoint(tmp_path / "c.pt", [1])  # type: ignore[arg-type]
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_the_malicious_pickle_would_have_worked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +341,7 @@ def test_a_failure_at_any_step_keeps_the_old_checkpoint(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    target = {"save": torch, "fsync": os, "replace": module.Path}[fails]
+    target = {"save": torch, "fsync": os, "replace": Path}[fails]
     monkeypatch.setattr(target, fails, fail)
     with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(tmp_path / "c.pt", {"epoch": 2})
