@@ -324,6 +324,16 @@ def _generic(device_type: str) -> Backend:
 # Source: the vendors' torch.distributed back ends (Ascend, Gaudi, Cambricon).
 _VENDOR_DISTRIBUTED = {"npu": "hccl", "hpu": "hccl", "mlu": "cncl"}
 
+# Source: the libraries of Gaudi and Ascend (vllm-ascend#3141), XLA (xla#1735, #3470), DirectML
+# (DirectML#579). Others say their name, as torch does: "MLU out of memory".
+_VENDORS_OUT_OF_MEMORY = (
+    "PT_DEVMEM Allocation failed",
+    "EL0004",
+    "RESOURCE_EXHAUSTED",
+    "Resource exhausted: ",
+    "not enough GPU video memory available",
+)
+
 _ASYNCHRONOUS = "asynchronous from pinned memory; loader_options() pins"
 
 CUDA = Backend(
@@ -339,13 +349,25 @@ CUDA = Backend(
     pins_memory=True,
     copies=_ASYNCHRONOUS,
     distributed="nccl",
+    # Source: torch's and ROCm's sources and reports; pytorch#112377 (NVML, on a part of a card),
+    # pytorch#20123 (cuDNN), ROCm/TheRock#1708 (hipBLAS).
     out_of_memory=(
         "CUDA out of memory",
         "HIP out of memory",
         "CUDA error: out of memory",
         "HIP error: out of memory",
+        "CUDA driver error: out of memory",
+        "Cuda failure 2 'out of memory'",  # NCCL's
+        "Cuda failure 'out of memory'",
         "CUDA ran out of memory outside PyTorch's allocator",
-        "CUBLAS_STATUS_ALLOC_FAILED",
+        "cudaErrorMemoryAllocation",
+        "hipErrorOutOfMemory",
+        "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
+        # CUBLAS_STATUS_ALLOC_FAILED; CUDNN_, CUSOLVER_, CUSPARSE_, HIPBLAS_..., and CUFFT's without
+        # STATUS. The second is cuRAND's, and cuDNN's from 9 on.
+        "_ALLOC_FAILED",
+        "_ALLOCATION_FAILED",
+        "miopenStatusAllocFailed",
         # cuDNN finds no algorithm when none fits into what memory is left.
         "Unable to find a valid cuDNN algorithm",
         "unable to find an engine",
@@ -364,7 +386,17 @@ XPU = Backend(
     pins_memory=True,
     copies=_ASYNCHRONOUS,
     distributed="xccl",
-    out_of_memory=("XPU out of memory", "UR_RESULT_ERROR_OUT_OF_"),
+    # Source: the error codes of Unified Runtime, of the plugins before it, and of Level Zero;
+    # pytorch#177714, intel-extension-for-pytorch#325, #629.
+    out_of_memory=(
+        "XPU out of memory",
+        "UR_RESULT_ERROR_OUT_OF_",
+        "UR_RESULT_ERROR_MEM_OBJECT_ALLOCATION_FAILURE",
+        "PI_ERROR_OUT_OF_",
+        "PI_ERROR_MEM_OBJECT_ALLOCATION_FAILURE",
+        "ZE_RESULT_ERROR_OUT_OF_",
+        "can NOT allocate memory block with size larger than",
+    ),
 )
 MPS = Backend(
     "mps",
@@ -380,7 +412,12 @@ MPS = Backend(
     # Source: pytorch#175189, open; not seen on hardware.
     channels_last_fault=lambda model: "batch norm's gradients can be wrong (pytorch#175189)",
     copies="synchronous: a non_blocking copy to MPS can corrupt data (pytorch#139550)",
-    out_of_memory=("MPS backend out of memory",),
+    # Source: torch's MPS allocator (pytorch#141909), and Metal's own error.
+    out_of_memory=(
+        "MPS backend out of memory",
+        "Invalid buffer size: ",
+        "kIOGPUCommandBufferCallbackErrorOutOfMemory",
+    ),
 )
 CPU = Backend(
     "cpu",
@@ -393,11 +430,19 @@ CPU = Backend(
     out_of_memory=(
         "DefaultCPUAllocator: can't allocate memory",
         "DefaultCPUAllocator: not enough memory",
+        "std::bad_alloc",  # of C++, as torch passes it on; on Windows the next
+        "bad allocation",
     ),
 )
 
 BACKENDS = (CUDA, XPU, MPS, CPU)
 """Every row, in order of preference; accelerators without a row come before the CPU."""
+
+OUT_OF_MEMORY = (
+    *(text for row in BACKENDS for text in row.out_of_memory),
+    *_VENDORS_OUT_OF_MEMORY,
+)
+"""What the out-of-memory errors of any device say."""
 
 
 def _vendor_types() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from portable_amp.backends import (
-    BACKENDS,
+    OUT_OF_MEMORY,
     MemoryStats,
     backend_for,
     resolve_device,
@@ -86,7 +86,7 @@ def is_oom_error(error: BaseException) -> bool:
     # An accelerator without a row of its own says its own name: "NPU out of memory".
     text = str(error)
     return isinstance(error, RuntimeError) and (
-        " out of memory" in text or any(known in text for known in _OOM_TEXTS)
+        " out of memory" in text or any(known in text for known in OUT_OF_MEMORY)
     )
 
 
@@ -96,7 +96,6 @@ _OOM_TYPES = tuple(
     for kind in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError)  # noqa: PAM602
     if kind is not None
 )
-_OOM_TEXTS = tuple(text for row in BACKENDS for text in row.out_of_memory)
 
 # The size that fitted: by object and name for a method, else by code, for a lambda made anew for
 # each batch is the same step.

@@ -7,8 +7,16 @@ import warnings
 import pytest
 import torch
 
-from portable_amp import DeviceContext, DeviceError, backends, choose, clear_cache, probe
-from portable_amp.backends import MemoryStats, parse_device, present, resolve_device
+from portable_amp import (
+    DeviceContext,
+    DeviceError,
+    backends,
+    choose,
+    clear_cache,
+    is_oom_error,
+    probe,
+)
+from portable_amp.backends import OUT_OF_MEMORY, MemoryStats, parse_device, present, resolve_device
 from support import playing
 
 
@@ -185,3 +193,100 @@ def test_cpu_features_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(backends.Path, "read_text", absent)
     assert backends._cpu_name_and_features()[1] == set()
+
+
+# As the back ends say it; from torch's source, and from what was reported.
+OUT_OF_MEMORY_TEXTS = """\
+CUDA out of memory. Tried to allocate 20.00 MiB
+HIP out of memory. Tried to allocate 2.00 GiB
+XPU out of memory. Tried to allocate 1.00 GiB
+MPS backend out of memory (MPS allocated: 18.13 GB, max allowed: 18.13 GB)
+CUDA error: out of memory
+CUDA ran out of memory outside PyTorch's allocator. If this workload
+Unable to find a valid cuDNN algorithm to run convolution
+GET was unable to find an engine to execute this computation
+DefaultCPUAllocator: can't allocate memory: you tried to allocate 1000000000000000 bytes.
+DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.
+HIP error: out of memory
+CUDA driver error: out of memory
+NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'
+ncclUnhandledCudaError: Call to CUDA function failed. Last error: Cuda failure 'out of memory'
+CUDA error: cudaErrorMemoryAllocation
+HIP error: hipErrorOutOfMemory
+NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":830
+cuDNN error: CUDNN_STATUS_ALLOC_FAILED
+cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`
+CUDA error: CUSPARSE_STATUS_ALLOC_FAILED when calling `cusparseCreate(handle)`
+cuFFT error: CUFFT_ALLOC_FAILED
+CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`
+miopenStatusAllocFailed
+Current platform can NOT allocate memory block with size larger than 4GB! Tried to allocate 6.85 GiB
+Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES) -5 (PI_ERROR_OUT_OF_RESOURCES)
+Native API returns: -6 (PI_ERROR_OUT_OF_HOST_MEMORY)
+Native API returns: -4 (PI_ERROR_MEM_OBJECT_ALLOCATION_FAILURE)
+level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)
+level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)
+level_zero backend failed with error: 25 (UR_RESULT_ERROR_MEM_OBJECT_ALLOCATION_FAILURE)
+ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY
+Invalid buffer size: 19.45 GB
+Invalid buffer size: 19.38 GiB
+Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)
+MLU out of memory. Tried to allocate 22.00 MiB
+MUSA out of memory. Tried to allocate 22.00 MiB
+[Rank:0] FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed for size::939524096 (896)MB
+EL0004: [PID: 316198] 2025-09-28-07:22:29.827.496 Failed to allocate memory.
+RESOURCE_EXHAUSTED: Attempting to reserve 6.48G at the bottom of memory. That was not possible.
+Resource exhausted: From /job:tpu_worker/replica:0/task:0: Attempting to reserve 3.95G
+Could not allocate tensor with 234881024 bytes. There is not enough GPU video memory available!
+std::bad_alloc
+bad allocation
+Caught RuntimeError in replica 0 on device 0. RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED\
+""".splitlines()
+
+
+@pytest.mark.parametrize("text", OUT_OF_MEMORY_TEXTS)
+def test_each_back_ends_words_for_out_of_memory_are_known(text: str) -> None:
+    assert is_oom_error(RuntimeError(text))
+    assert not is_oom_error(ValueError(text)), "an error of the user's own"
+    for name in ("AcceleratorError", "OutOfMemoryError"):  # torch 2.8+, 2.5+
+        kind = getattr(torch, name, RuntimeError)
+        assert issubclass(kind, RuntimeError)
+        assert is_oom_error(kind(text))
+
+
+# A smaller batch cures none of these; two are the shared memory of a kernel, and of Linux.
+OTHER_TEXTS = """\
+out of resource: shared memory, Required: 131072, Hardware limit: 101376. Reducing block sizes or
+DataLoader worker (pid 1) is killed by signal: Bus error. workers are out of shared memory
+No valid triton configs. OutOfResources: out of resource: shared memory, Required: 180224
+CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`
+CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`
+cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. You may have passed in a non-contiguous input.
+CUDA error: device-side assert triggered
+CUDA error: an illegal memory access was encountered
+level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)
+Native API returns: -1 (PI_ERROR_INVALID_MEM_OBJECT)
+Placeholder storage has not been allocated on MPS device!
+could not create a primitive
+NCCL error: unhandled system error
+unable to open shared memory object </torch_1> in read-write mode: Too many open files
+INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":830\
+""".splitlines()
+
+
+@pytest.mark.parametrize("text", OTHER_TEXTS)
+def test_other_errors_of_back_ends_are_no_lack_of_memory(text: str) -> None:
+    assert not is_oom_error(RuntimeError(text))
+
+
+def test_an_error_that_was_raised_from_one_is_another() -> None:
+    """Whoever wraps an error says something else by it; split_on_oom itself does."""
+    error = RuntimeError("gradients are half-added")
+    error.__cause__ = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    assert not is_oom_error(error)
+
+
+def test_each_text_is_there_for_something() -> None:
+    said = "\n".join(OUT_OF_MEMORY_TEXTS)
+    assert [text for text in OUT_OF_MEMORY if text not in said] == []
