@@ -6,6 +6,7 @@ Nothing here decides what to use; that is `precision.choose`.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -104,16 +105,23 @@ def _derive_cuda(hw: Hardware) -> Capabilities:
     return (_derive_amd if hw.arch else _derive_nvidia)(hw)
 
 
+# The cards with a TU116 or TU117 chip, by name: nothing else tells them from a T4 or an RTX.
+# Source: NaN under fp16: pytorch#58123 (GTX 16xx), ultralytics#17977 (T400 to T2000, MX450),
+# easydiffusion#803 (T600, T1000, T1200, T2000); the chips: techpowerup.com/gpu-specs, TU116, TU117.
+_WITHOUT_TENSOR_CORES = re.compile(
+    r"\b(GTX 16\d0|T(400|500|550|600|1000|1200|2000)|MX[45]50|CMP 30HX)\b", re.IGNORECASE
+)
+
+
 def _derive_nvidia(hw: Hardware) -> Capabilities:
     cc = hw.compute_capability or (0, 0)
     # Source: CUDA C Programming Guide, arithmetic throughput: half precision runs at twice the
     # float32 rate on 5.3, 6.0, 6.2 and from 7.0 on, and at 1/64 of it on 6.1.
     fast_half = cc >= (7, 0) or cc in {(5, 3), (6, 0), (6, 2)}
-    # Source: many reports of NaN under fp16 autocast on GeForce GTX 16xx (no tensor cores).
-    broken_half = "GTX 16" in hw.name
+    broken_half = cc == (7, 5) and bool(_WITHOUT_TENSOR_CORES.search(hw.name))
     evidence = [f"{hw.name}, compute capability {cc[0]}.{cc[1]}"]
     if broken_half:
-        evidence.append("fp16 autocast gives NaN on GTX 16xx cards")
+        evidence.append("fp16 autocast gives NaN on Turing cards without tensor cores")
     # Source: torch.cuda.is_bf16_supported (2.4 to 2.15) also answers True where bf16 is emulated;
     # its own test for native support is the one below. cuDNN has no bf16 convolution under sm80.
     native_bf16 = cc >= (8, 0)

@@ -43,7 +43,7 @@ TRAPS = (
         ("cuda",),
         "fp16 autocast gives NaN on this card",
         "precision='auto' or 'fp32'",
-        "reports on GeForce GTX 16xx",
+        "pytorch#58123, ultralytics#17977: Turing cards without tensor cores",
         lambda hw, can: can.float16 is Support.ABSENT,
     ),
     Trap(

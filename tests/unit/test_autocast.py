@@ -240,7 +240,7 @@ def test_a_dtype_that_autocast_lacks() -> None:
 def test_a_dtype_that_is_wrong_on_this_device() -> None:
     with (
         playing("gtx1660"),
-        pytest.warns(PrecisionFallbackWarning, match="NaN on GTX 16xx"),
+        pytest.warns(PrecisionFallbackWarning, match="NaN on Turing"),
         maybe_autocast("cuda", torch.float16),
     ):
         assert not on("cuda")

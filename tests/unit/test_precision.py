@@ -16,6 +16,7 @@ EXPECTED = {
     "t4": "fp16 fp16 fp32",
     "gtx1080": "fp32 fp32 fp32",
     "gtx1660": "fp32 fp32 fp32",
+    "t1000": "fp32 fp32 fp32",
     "a100": "bf16 fp16 bf16",
     "orin": "bf16 fp16 bf16",
     "l4": "bf16 fp16 bf16",

@@ -152,11 +152,13 @@ def _vendor(
 
 MACHINES = (
     # NVIDIA: name as the driver gives it, compute capability, GiB. cuBLAS and cuDNN emulate bf16
-    # below 8.0; fp16 runs at 1/64 of the float32 rate on 6.1; reports of NaN on GTX 16xx.
+    # below 8.0; fp16 runs at 1/64 of the float32 rate on 6.1; reports of NaN on GTX 16xx and other
+    # Turing cards without tensor cores.
     _nvidia("gtx1080", "NVIDIA GeForce GTX 1080", (6, 1), 8, slow=_BOTH),
     _nvidia("v100", "Tesla V100-SXM2-16GB", (7, 0), 16, slow=(_BF16,)),
     _nvidia("t4", "Tesla T4", (7, 5), 15, slow=(_BF16,)),
     _nvidia("gtx1660", "NVIDIA GeForce GTX 1660 Ti", (7, 5), 6, slow=(_BF16,), wrong=(_FP16,)),
+    _nvidia("t1000", "NVIDIA T1000 8GB", (7, 5), 8, slow=(_BF16,), wrong=(_FP16,)),
     _nvidia("a100", "NVIDIA A100-SXM4-40GB", (8, 0), 40),
     _nvidia("orin", "Orin", (8, 7), 30),
     _nvidia("l4", "NVIDIA L4", (8, 9), 22),
