@@ -10,15 +10,14 @@ import torch
 
 from portable_amp import capabilities, notices
 from portable_amp.backends import Hardware, torch_version
+from portable_amp.launchers import LAUNCHERS
 from portable_amp.testing import Machine, machine, play
 
-SETTINGS = (
+SETTINGS = {
     "PORTABLE_AMP_DEVICE",
     "PORTABLE_AMP_STRICT",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-)
+    *(v for row in LAUNCHERS for v in (row.sign, row.rank, row.local_rank, row.world_size)),
+}
 
 
 # The device types whose plans this torch can run. On MPS 2.4 has no autocast, and 2.5 one in

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from portable_amp.errors import DeviceError
+from portable_amp.launchers import local_rank
 from portable_amp.notices import tell_once
 
 DEVICE_VARIABLE = "PORTABLE_AMP_DEVICE"
@@ -493,7 +494,8 @@ def parse_device(value: str | torch.device) -> torch.device:
 def resolve_device(value: str | torch.device | None = None) -> torch.device:
     """The device to use, with its index: as told, else $PORTABLE_AMP_DEVICE, else the best present.
 
-    Without an index it is that of LOCAL_RANK under torchrun, else torch's current one.
+    Without an index it is that of the process on its node, as the launcher tells, else torch's
+    current one.
 
     Raises:
         DeviceError: there is no such device here.
@@ -509,9 +511,9 @@ def resolve_device(value: str | torch.device | None = None) -> torch.device:
         return torch.device("cpu")
     index = device.index
     if index is None:
-        index = _local_index(device.type, count)
+        index, source = _local_index(device.type, count)
         if index >= count > 0:
-            origin += " (from $LOCAL_RANK)"
+            origin += source
     if index >= count:
         have = (
             f"{count} {device.type} device{'s' * (count != 1)}" if count else "there is none here"
@@ -523,21 +525,20 @@ def resolve_device(value: str | torch.device | None = None) -> torch.device:
     return torch.device(device.type, index)
 
 
-def _local_index(device_type: str, count: int) -> int:
-    """The index for this process: its LOCAL_RANK's, else the one that is current in torch.
+def _local_index(device_type: str, count: int) -> tuple[int, str]:
+    """The index for this process, and from where: its launcher, else the one current in torch.
 
     0 where there is but one: some launchers show each process its own.
     """
     if count <= 1:
-        return 0
-    local_rank = os.environ.get("LOCAL_RANK", "")
-    if local_rank.isdecimal():
-        return int(local_rank)
+        return 0, ""
+    if told := local_rank():
+        return told[1], f" (from ${told[0]})"
     current = torch_function(f"{device_type}.current_device")
     try:
-        return int(current()) if current else 0
+        return int(current()) if current else 0, ""
     except (RuntimeError, AssertionError):
-        return 0
+        return 0, ""
 
 
 def _inventory() -> str:

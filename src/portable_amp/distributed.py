@@ -1,4 +1,4 @@
-"""Several processes: their ranks from torchrun, the right way to talk, one plan for all."""
+"""Several processes: their ranks from the launcher, the right way to talk, one plan for all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from portable_amp.backends import backend_for, parse_device, torch_function
 from portable_amp.capabilities import Capabilities
 from portable_amp.errors import DistributedError
+from portable_amp.launchers import launcher
 from portable_amp.precision import Precision, PrecisionPlan, choose, common_plan
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """Which process of a torchrun this is; without torchrun, the only one.
+    """Which of the processes that torchrun, srun or mpirun started this is; else, the only one.
 
     >>> ranks()
     Ranks(rank=0, local_rank=0, world_size=1)
@@ -40,19 +41,22 @@ def ranks() -> Ranks:
     Raises:
         DistributedError: the launcher's variables are incomplete or contradict each other.
     """
-    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+    row = launcher()
+    if row is None:
         return Ranks()
+    names = (row.rank, row.local_rank, row.world_size)
     try:
-        found = Ranks(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+        found = Ranks(*(int(os.environ[name]) for name in names))
     except KeyError as error:
         raise DistributedError(
-            f"${error.args[0]} is not set, but RANK or WORLD_SIZE is: start with torchrun, which "
-            "sets all of them, or unset them"
+            f"${error.args[0]} is not set, but ${row.sign} is: start with torchrun, srun or mpirun, which "
+            "set all of theirs, or unset it"
         ) from None
     except ValueError as error:
-        raise DistributedError(f"RANK, LOCAL_RANK and WORLD_SIZE are numbers: {error}") from None
-    if not 0 <= found.rank < found.world_size:
-        raise DistributedError(f"RANK={found.rank} is not below WORLD_SIZE={found.world_size}")
+        raise DistributedError(f"{', '.join(names)} are numbers: {error}") from None
+    for name, value in zip(names, (found.rank, found.local_rank)):  # noqa: B905
+        if not 0 <= value < found.world_size:
+            raise DistributedError(f"{name}={value} is not below {names[2]}={found.world_size}")
     return found
 
 
@@ -60,7 +64,8 @@ def init_distributed(device: str | torch.device) -> Ranks:
     """Join the process group over the back end of `device`; nothing to join for one process.
 
     Raises:
-        DistributedError: this kind of device cannot talk to its peers with this torch.
+        DistributedError: this kind of device cannot talk to its peers with this torch, or
+            $MASTER_ADDR and $MASTER_PORT do not say where they meet.
     """
     mine = ranks()
     if mine.world_size == 1 or torch.distributed.is_initialized():
@@ -75,10 +80,19 @@ def init_distributed(device: str | torch.device) -> Ranks:
         raise DistributedError(
             f"this torch was built without {row.distributed!r}, which {where.type} needs"
         )
+    started = launcher()
+    missing = sorted({"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys())
+    if started and missing:
+        raise DistributedError(
+            f"${missing[0]} is not set: torchrun sets it; with {started.name} write this before "
+            f"the command: {started.address}"
+        )
     select = torch_function(row.set_device)
     if select and where.index is not None:
         select(where.index)
-    torch.distributed.init_process_group(row.distributed)
+    torch.distributed.init_process_group(
+        row.distributed, rank=mine.rank, world_size=mine.world_size
+    )
     return mine
 
 

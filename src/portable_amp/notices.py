@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import warnings
 from collections.abc import Hashable
 from pathlib import Path
+
+from portable_amp.launchers import is_first
 
 logger = logging.getLogger("portable_amp")
 
@@ -31,7 +32,7 @@ def tell_once(key: Hashable, message: str, category: type[Warning] | None = None
 
 def tell(message: str, category: type[Warning] | None = None) -> None:
     """Give `message` on the first rank, however often it was given before."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     if category is None:
         logger.warning(message)

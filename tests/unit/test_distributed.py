@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from portable_amp import DistributedError, Ranks, init_distributed, ranks
+from portable_amp import DeviceError, DistributedError, Ranks, init_distributed, notices, ranks
+from portable_amp.backends import resolve_device
 from portable_amp.testing import play
 from support import playing
 
@@ -28,7 +30,12 @@ def test_one_process_needs_no_launcher() -> None:
         ({"RANK": "0"}, r"\$LOCAL_RANK is not set"),
         ({"WORLD_SIZE": "2"}, r"\$RANK is not set"),
         ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "are numbers"),
-        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "not below WORLD_SIZE=2"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+        ({"RANK": "-1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=-1 is not below"),
+        ({"RANK": "0", "LOCAL_RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK=2 is not below"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, r"\$MPI_LOCALRANKID is not set, but \$PMI_RANK is"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, r"\$SLURM_PROCID is not set"),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, r"\$OMPI_COMM_WORLD_LOCAL_RANK is not set"),
     ],
 )
 def test_a_broken_environment_is_told(
@@ -40,8 +47,100 @@ def test_a_broken_environment_is_told(
         ranks()
 
 
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6"}
+OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in
+            {"RANK": "5", "LOCAL_RANK": "1", "SIZE": "6", "LOCAL_SIZE": "4"}.items()}  # fmt: skip
+MVAPICH = {f"MV2_COMM_WORLD_{name}": value for name, value in
+           {"RANK": "5", "LOCAL_RANK": "1", "SIZE": "6"}.items()}  # fmt: skip
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "6", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+PALS = {"PMI_RANK": "5", "PMI_SIZE": "6", "PMI_LOCAL_RANK": "1"}
+SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "6",
+        "SLURM_NTASKS": "12", "SLURM_JOB_ID": "7"}  # fmt: skip
+# What mpirun's own daemons leave, started by srun, one on each node
+DAEMON = {**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("given", "variable"),
+    [
+        (TORCHRUN, "LOCAL_RANK"),
+        (OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        (MVAPICH, "MV2_COMM_WORLD_LOCAL_RANK"),
+        (MPICH, "MPI_LOCALRANKID"),
+        (PALS, "PMI_LOCAL_RANK"),
+        (SRUN, "SLURM_LOCALID"),
+        ({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "6"}, "SLURM_LOCALID"),  # srun --mpi=pmi2
+        ({**DAEMON, **OPEN_MPI}, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ({**DAEMON, **MPICH}, "MPI_LOCALRANKID"),
+        ({**DAEMON, **TORCHRUN}, "LOCAL_RANK"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", **TORCHRUN}, "LOCAL_RANK"),
+    ],
+)
+def test_every_launcher_says_which_process_this_is(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    given: dict[str, str],
+    variable: str,
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert ranks() == Ranks(5, 1, 6)
+    assert not ranks().is_main
+    with caplog.at_level(logging.WARNING):
+        notices.tell("said by the first process only")
+    assert caplog.records == []
+    with playing("a100", count=2):
+        assert resolve_device().index == 1
+    monkeypatch.setenv(variable, "3")
+    with playing("a100", count=2), pytest.raises(DeviceError, match=rf"\(from \${variable}\)"):
+        resolve_device()
+
+
+def test_one_process_of_a_batch_script_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without srun, Slurm's variables are those of the job, and the others would never come."""
+    for name, value in {
+        "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8",
+        "SLURM_NPROCS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_TASKS_PER_NODE": "4(x2)",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert ranks() == Ranks(0, 0, 1)
+    assert init_distributed("cpu") == Ranks(0, 0, 1)
+
+
+@pytest.mark.parametrize("given", [TORCHRUN, OPEN_MPI, SRUN], ids=["torchrun", "mpirun", "srun"])
+def test_the_first_of_the_second_node_is_not_the_main_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: dict[str, str]
+) -> None:
+    for rank, main in (("4", False), ("0", True)):
+        for name, value in given.items():
+            local, first = "LOCAL" in name, name.endswith(("RANK", "PROCID"))
+            monkeypatch.setenv(name, "0" if local else rank if first else value)
+        assert ranks() == Ranks(int(rank), 0, 6)
+        assert ranks().is_main is main
+        with caplog.at_level(logging.WARNING):
+            notices.tell("told")
+        assert len(caplog.records) == int(main)
+
+
+@pytest.mark.parametrize("given", [OPEN_MPI, SRUN], ids=["mpirun", "srun"])
+def test_it_is_said_what_to_write_where_nobody_says_where_to_meet(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with playing("a100"), pytest.raises(DistributedError, match="MASTER_ADDR is not set") as caught:
+        init_distributed("cpu")
+    assert "export MASTER_ADDR=$(" in str(caught.value)
+    assert ("scontrol" in str(caught.value)) is (given is SRUN)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    with pytest.raises(DistributedError, match="MASTER_PORT is not set"):
+        init_distributed("cpu")
+
+
 def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+    for name, value in {
+        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+    }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
 
 
@@ -67,10 +166,12 @@ def test_each_kind_of_device_talks_its_own_way(
     _two_ranks(monkeypatch)
     joined = []
     monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: True)
-    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *args, **how: joined.append((*args, how))
+    )
     with play(key, count=2) as played:
         assert init_distributed(device) == Ranks(1, 1, 2)
-    assert (joined, played.current) == ([backend], 1)
+    assert (joined, played.current) == ([(backend, {"rank": 1, "world_size": 2})], 1)
 
 
 PROGRAM = """
@@ -94,26 +195,31 @@ os._exit(0)
 
 
 @pytest.mark.parametrize(
-    ("machines", "expected"),
+    ("machines", "expected", "names"),
     [
-        (["a100", "t4"], ["bf16 -> fp16", "fp16 -> fp16"]),
-        (["a100", "cpu"], ["bf16 -> fp32", "fp32 -> fp32"]),
+        (["a100", "t4"], ["bf16 -> fp16", "fp16 -> fp16"], ["RANK", "LOCAL_RANK", "WORLD_SIZE"]),
+        (
+            ["a100", "cpu"],
+            ["bf16 -> fp32", "fp32 -> fp32"],
+            ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"],
+        ),
     ],
+    ids=["torchrun", "srun"],
 )
 def test_real_ranks_agree_on_the_weakest_plan_and_one_tells(
-    tmp_path: Path, machines: list[str], expected: list[str]
+    tmp_path: Path, machines: list[str], expected: list[str], names: list[str]
 ) -> None:
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # What torchrun sets, without its own start-up time.
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    # What the launcher sets, without its own start-up time.
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [
         subprocess.Popen(
             [sys.executable, str(program), *machines],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **common, **dict(zip(names, (str(rank), str(rank), "2")))},  # noqa: B905
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

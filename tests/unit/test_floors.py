@@ -13,7 +13,8 @@ import portable_amp
 PACKAGE = Path(portable_amp.__file__).parent
 
 FLOORS = (
-    {"errors", "notices", "nested"},
+    {"errors", "launchers", "nested"},
+    {"notices"},
     {"backends"},
     {"capabilities"},
     {"precision", "traps"},
