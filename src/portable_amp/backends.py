@@ -13,13 +13,14 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from portable_amp.errors import DeviceError
+from portable_amp.errors import DeviceError, shown
 from portable_amp.launchers import local_rank
 from portable_amp.notices import tell_once
 
@@ -470,7 +471,7 @@ def present() -> tuple[Backend, ...]:
     return tuple(row for row in candidates if row.count() > 0)
 
 
-def parse_device(value: str | torch.device) -> torch.device:
+def parse_device(value: object) -> torch.device:
     """The torch.device that `value` names, present or not.
 
     Raises:
@@ -480,22 +481,52 @@ def parse_device(value: str | torch.device) -> torch.device:
         return value
     if isinstance(value, str):
         try:
-            return torch.device(value)
+            device = torch.device(value)
         except (RuntimeError, ValueError):
             pass
-    names = [*(row.device_type for row in BACKENDS), *_vendor_types()]
-    close = difflib.get_close_matches(str(value).split(":")[0].lower(), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+        else:  # torch takes "cuda:256" for cuda:0
+            if str(device) == value:
+                return device
     raise DeviceError(
-        f"{value!r} is not a device torch knows.{hint} This machine has: {_inventory()}."
+        f"{shown(value)} is not a device torch knows.{_hint(value)} "
+        f"This machine has: {_inventory()}."
     )
 
 
-def resolve_device(value: str | torch.device | None = None) -> torch.device:
+# What people call them; torch's name for ROCm is CUDA's. None: whatever accelerator is here.
+_OTHER_NAMES = {
+    **dict.fromkeys(("nvidia", "geforce", "rocm", "hip", "amd", "radeon"), CUDA.device_type),
+    **dict.fromkeys(("metal", "apple"), MPS.device_type),
+    **dict.fromkeys(("intel", "sycl", "arc"), XPU.device_type),
+    **dict.fromkeys(("gpu", "accelerator", "auto", ""), None),
+}
+# torch knows these once the package of their vendor is imported.
+_PACKAGES = {"npu": "torch_npu", "mlu": "torch_mlu", "musa": "torch_musa", "xla": "torch_xla"}
+
+
+def _hint(value: object) -> str:
+    """What was probably meant by something that is no device here; empty where nothing was."""
+    if not isinstance(value, str):
+        return ""
+    word = value.partition(":")[0].strip().lower()
+    if word in _PACKAGES:
+        return f" It comes with {_PACKAGES[word]}, to be imported first."
+    names = [*(row.device_type for row in BACKENDS), *_vendor_types()]
+    best = present()[0].device_type
+    if word in _OTHER_NAMES:
+        meant = _OTHER_NAMES[word] or (best if best != CPU.device_type else "")
+    elif word.isdecimal():
+        meant = f"{best}:{word}" if best != CPU.device_type else ""
+    else:
+        meant = next(iter(difflib.get_close_matches(word, names, n=1, cutoff=0.7)), "")
+    return f" Did you mean {meant!r}?" if meant else ""
+
+
+def resolve_device(value: str | torch.device | int | None = None) -> torch.device:
     """The device to use, with its index: as told, else $PORTABLE_AMP_DEVICE, else the best present.
 
-    Without an index it is that of the process on its node, as the launcher tells, else torch's
-    current one.
+    A number is the index of an accelerator, as in torch. Without an index it is that of the process
+    on its node, as the launcher tells, else torch's current one.
 
     Raises:
         DeviceError: there is no such device here.
@@ -503,6 +534,8 @@ def resolve_device(value: str | torch.device | None = None) -> torch.device:
     origin = ""
     if value is None and os.environ.get(DEVICE_VARIABLE):
         value, origin = os.environ[DEVICE_VARIABLE], f" (from ${DEVICE_VARIABLE})"
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        value = f"{_accelerator(int(value))}:{int(value)}"
     device = torch.device(present()[0].device_type) if value is None else parse_device(value)
     count = backend_for(device.type).count()
     if device.type == CPU.device_type:
@@ -518,8 +551,9 @@ def resolve_device(value: str | torch.device | None = None) -> torch.device:
         have = (
             f"{count} {device.type} device{'s' * (count != 1)}" if count else "there is none here"
         )
+        hint = _hint(device.type) if device.type in {*_OTHER_NAMES, *_PACKAGES} else ""
         raise DeviceError(
-            f"'{device.type}:{index}'{origin} is not available: {have}. This machine has: "
+            f"'{device.type}:{index}'{origin} is not available: {have}.{hint} This machine has: "
             f"{_inventory()}. Use device=None to let portable-amp choose."
         )
     return torch.device(device.type, index)
@@ -539,6 +573,15 @@ def _local_index(device_type: str, count: int) -> tuple[int, str]:
         return int(current()) if current else 0, ""
     except (RuntimeError, AssertionError):
         return 0, ""
+
+
+def _accelerator(index: int) -> str:
+    best = present()[0].device_type
+    if best == CPU.device_type or index < 0:
+        raise DeviceError(
+            f"{index} is no index of an accelerator of this machine, which has: {_inventory()}."
+        )
+    return best
 
 
 def _inventory() -> str:

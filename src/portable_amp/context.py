@@ -40,7 +40,8 @@ class DeviceContext:
     """One device and one precision plan; immutable, cheap, picklable, and decided once.
 
     Args:
-        device: "cuda:1", "mps", a torch.device; None: $PORTABLE_AMP_DEVICE, else the best present.
+        device: "cuda:1", "mps", a torch.device, the index of an accelerator; None:
+            $PORTABLE_AMP_DEVICE, else the best present.
         precision: "auto" or True: mixed precision where it is complete and native, fp32 elsewhere;
             "fp32", "fp16", "bf16", or the spellings of other libraries.
         unsupported: what becomes of a request this machine cannot honour: "fallback" to fp32 with
@@ -65,7 +66,7 @@ class DeviceContext:
 
     def __init__(
         self,
-        device: str | torch.device | None = None,
+        device: str | torch.device | int | None = None,
         *,
         precision: Precision = "auto",
         unsupported: str = "fallback",

@@ -49,8 +49,8 @@ def ranks() -> Ranks:
         found = Ranks(*(int(os.environ[name]) for name in names))
     except KeyError as error:
         raise DistributedError(
-            f"${error.args[0]} is not set, but ${row.sign} is: start with torchrun, srun or mpirun, which "
-            "set all of theirs, or unset it"
+            f"${error.args[0]} is not set, but ${row.sign} is: start with torchrun, srun or mpirun,"
+            " which set all of theirs, or unset it"
         ) from None
     except ValueError as error:
         raise DistributedError(f"{', '.join(names)} are numbers: {error}") from None

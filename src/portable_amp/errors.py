@@ -16,6 +16,12 @@ __all__ = [
 ]
 
 
+def shown(value: object) -> str:
+    """What was given, for a message: in one line, and not a long one."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 class PortableAmpError(Exception):
     """The base of every exception this library raises on purpose."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from portable_amp.capabilities import Capabilities, Support
-from portable_amp.errors import UnsupportedPrecisionError
+from portable_amp.errors import UnsupportedPrecisionError, shown
 
 Precision = str | bool | int | torch.dtype | None
 """What a user may ask for; see `parse_precision`."""
@@ -19,12 +19,38 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The spellings of torch, accelerate, Lightning and timm.
 SPELLINGS: dict[object, str] = {
     "auto": "auto", True: "auto", None: "auto",
-    "fp32": "fp32", "float32": "fp32", "32": "fp32", "32-true": "fp32", "no": "fp32",
+    "fp32": "fp32", "float32": "fp32", "float": "fp32", "32": "fp32", "32-true": "fp32",
+    "no": "fp32",
     "fp16": "fp16", "float16": "fp16", "16": "fp16", "16-mixed": "fp16", "half": "fp16",
     "bf16": "bf16", "bfloat16": "bf16", "bf16-mixed": "bf16",
     False: "fp32", 32: "fp32", 16: "fp16",
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
 }  # fmt: skip
+
+# What is something else, or less than that: in whose words, and what works.
+_NO_PRECISION: dict[object, str] = {
+    **dict.fromkeys(
+        ("16-true", "bf16-true", "transformer-engine"),
+        "it casts the model itself, and portable-amp only does mixed precision",
+    ),
+    **dict.fromkeys(
+        ("tf32", "tensorfloat32", "tensorfloat-32"),
+        "it is how some cards multiply float32 matrices: 'fp32', and "
+        "torch.set_float32_matmul_precision('high')",
+    ),
+    **dict.fromkeys(
+        ("64", "64-true", "fp64", "float64", "double", torch.float64),
+        "it is the model's own dtype: model.double(), and 'fp32' to leave it alone",
+    ),
+    **dict.fromkeys(
+        ("fp8", "float8", "8", "int8", "int4", "fp4"),
+        "autocast has 16 bits and no fewer; 8 and 4 need a library of their own, such as torchao",
+    ),
+    **dict.fromkeys(
+        ("mixed", "amp", "mixed_precision", "on", "true", "yes"), "did you mean 'auto'"
+    ),
+    **dict.fromkeys(("off", "false", "none"), "did you mean 'fp32'"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,20 +103,24 @@ def parse_precision(value: Precision) -> str:
     Raises:
         UnsupportedPrecisionError: nobody spells a precision like that.
     """
-    key = value.strip().lower() if isinstance(value, str) else value
-    # True == 1 in a dict, so a bare 1 or 0 would slip in as a bool.
-    if isinstance(key, (str, bool, torch.dtype)) or key is None or key in (16, 32):
-        found = SPELLINGS.get(key)
-        if found:
-            return found
-    if key in ("16-true", "bf16-true", "transformer-engine"):
-        why = "it casts the model itself, and portable-amp only does mixed precision"
-    else:
-        close = difflib.get_close_matches(str(key), ["auto", *_DTYPES], n=1)
+    key: object = ()  # of what is none of these, nothing is asked: it may have no hash
+    if isinstance(value, str):
+        key = value.strip().lower().removeprefix("torch.")
+    elif value is None or isinstance(value, (bool, torch.dtype)):
+        key = value
+    elif isinstance(value, int):  # True == 1 in a dict, so a bare 1 or 0 would slip in as a bool
+        key = str(value)
+    found = SPELLINGS.get(key)
+    if found:
+        return found
+    why = _NO_PRECISION.get(key)
+    if why is None:
+        word = str(key).removesuffix("-mixed")
+        close = difflib.get_close_matches(word, ["auto", *_DTYPES], n=1)
         why = "it is no precision" + (f"; did you mean {close[0]!r}" if close else "")
     raise UnsupportedPrecisionError(
-        f"precision={value!r}: {why}. Use 'auto', 'fp32', 'fp16' or 'bf16' (or True, False, 'no', "
-        "'16-mixed', 'bf16-mixed', '32-true', a torch dtype)."
+        f"precision={shown(value)}: {why}. Use 'auto', 'fp32', 'fp16' or 'bf16' (or True, False, "
+        "'no', '16-mixed', 'bf16-mixed', '32-true', a torch dtype)."
     )
 
 

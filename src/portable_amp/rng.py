@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
-from typing import Any
+from numbers import Integral
+from typing import Any, SupportsIndex
 
 import torch
 
 from portable_amp.backends import present, torch_function
-from portable_amp.errors import StateWarning
+from portable_amp.errors import StateWarning, shown
 from portable_amp.notices import tell_once
 
 
-def seed_everything(seed: int) -> int:
+def seed_everything(seed: SupportsIndex) -> int:
     """Seed Python, NumPy (where it is loaded) and torch on every device; return the seed.
 
     With several processes, give each its own: `seed_everything(seed + rank)`.
@@ -29,8 +30,9 @@ def seed_everything(seed: int) -> int:
     Raises:
         ValueError: the seed is not a whole number from 0 to 2**32 - 1.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r}: a whole number from 0 to 2**32 - 1 works here")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**32:
+        raise ValueError(f"seed={shown(seed)}: a whole number from 0 to 2**32 - 1 works here")
+    seed = int(seed)  # NumPy's, too
     random.seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy:

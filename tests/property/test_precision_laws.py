@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,13 +16,15 @@ from hypothesis import strategies as st
 from portable_amp import (
     Capabilities,
     DeviceContext,
+    DeviceError,
     PrecisionFallbackWarning,
     Support,
     UnsupportedPrecisionError,
     choose,
     common_plan,
+    seed_everything,
 )
-from portable_amp.backends import Hardware
+from portable_amp.backends import Hardware, resolve_device
 from portable_amp.capabilities import derive
 from portable_amp.precision import Precision, PrecisionPlan, parse_precision
 from portable_amp.testing import strategies
@@ -115,3 +119,60 @@ def test_a_context_honours_tells_or_raises(
         assert ctx.autocast_device_type == (kind if expected.autocast else None)
         assert ctx.explain().splitlines()[:3] == ctx.summary().splitlines()
         assert ctx.scaler().is_enabled() is expected.scaler
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.complex_numbers(),
+    st.text(max_size=12),
+    st.binary(max_size=3),
+    st.sampled_from(["cuda", "gpu", "fp16", "tf32", "xpu", "mps", "cpu", "bf16"]).flatmap(
+        lambda word: st.tuples(st.text(max_size=2), st.just(word), st.text(max_size=4)).map("".join)
+    ),
+    st.sampled_from(["cuda:", "xpu:", "mps:", "cpu:"]).flatmap(
+        lambda kind: st.integers(-300, 300).map(lambda index: f"{kind}{index}")
+    ),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+    st.sampled_from([torch.float64, torch.device("meta"), torch.ones(3), torch.ones(()), object]),
+    st.sampled_from([np.int64(16), np.zeros((2, 2)), np.float32(16), np.bool_(0), np.str_("fp16")]),
+    st.sampled_from([slice(1), range(2), Ellipsis, {1}, print, "x" * 5000, "\ud800", "a\nb"]),
+)
+
+
+@given(ANYTHING)
+def test_any_precision_works_or_is_refused_in_one_line(value: Any) -> None:
+    try:
+        assert parse_precision(value) in ("auto", "fp32", "fp16", "bf16")
+    except UnsupportedPrecisionError as error:
+        told = str(error)
+        assert len(told.splitlines()) == 1, told
+        assert len(told) < 400
+
+
+@given(ANYTHING)
+def test_any_device_works_or_is_refused_in_one_line(value: Any) -> None:
+    with playing("a100", count=2):
+        try:
+            device = resolve_device(value)
+        except DeviceError as error:
+            told = str(error)
+            assert len(told.splitlines()) == 1, told
+            assert len(told) < 400
+        else:
+            assert str(device) in ("cpu", "cuda:0", "cuda:1")
+            if isinstance(value, str):
+                assert value in (str(device), device.type, "cpu:0")
+
+
+@given(ANYTHING)
+def test_any_seed_works_or_is_refused_in_one_line(value: Any) -> None:
+    try:
+        assert seed_everything(value) == value
+    except ValueError as error:
+        told = str(error)
+        assert len(told.splitlines()) == 1, told
+        assert len(told) < 200

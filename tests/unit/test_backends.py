@@ -4,6 +4,7 @@ import logging
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,7 +90,26 @@ def test_a_rank_without_a_device_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
         ("cudda", "Did you mean 'cuda'"),
         ("", "'' is not a device torch knows"),
         ("größe:1", "not a device torch knows"),
-        (7, "7 is not a device"),
+        (7, "'cuda:7' is not available: 1 cuda device"),
+        (-1, "-1 is no index of an accelerator of this machine, which has: cuda:0, cpu"),
+        (True, "True is not a device torch knows. This machine"),
+        (1.0, "1.0 is not a device torch knows. This machine"),
+        ("gpu", "Did you mean 'cuda'"),
+        ("GPU:0", "Did you mean 'cuda'"),
+        ("1", "Did you mean 'cuda:1'"),
+        ("CUDA", "Did you mean 'cuda'"),
+        (" cuda", "Did you mean 'cuda'"),
+        ("cuda:", "Did you mean 'cuda'"),
+        ("cuda:-1", "Did you mean 'cuda'"),
+        ("cuda:256", "'cuda:256' is not a device torch knows"),
+        ("rocm", "Did you mean 'cuda'"),
+        ("amd", "Did you mean 'cuda'"),
+        ("metal", "Did you mean 'mps'"),
+        ("intel", "Did you mean 'xpu'"),
+        ("npu", "It comes with torch_npu, to be imported first"),
+        ("tpu", "knows. This machine has"),
+        ("hip", "'hip:0' is not available: there is none here. Did you mean 'cuda'"),
+        ("x" * 1000, r"'x{76}\.\.\. is not a device torch knows"),
         (None, None),
     ],
 )
@@ -100,6 +120,20 @@ def test_messages_say_what_was_given_and_what_works(asked: object, message: str 
             return
         with pytest.raises(DeviceError, match=message):
             resolve_device(asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("index", [0, 1, np.int64(1), np.uint8(0)])
+def test_a_number_is_the_index_of_an_accelerator(index: int) -> None:
+    for key, kind in (("a100", "cuda"), ("max1550", "xpu")):
+        with playing(key, count=2):
+            assert str(resolve_device(index)) == f"{kind}:{int(index)}"
+            assert str(DeviceContext(index).device) == f"{kind}:{int(index)}"
+
+
+def test_without_an_accelerator_no_number_is_a_device() -> None:
+    for asked in (0, "gpu", "0"):
+        with pytest.raises(DeviceError, match=r"of this machine, which has: cpu|knows. This mach"):
+            resolve_device(asked)
 
 
 def test_torch_devices_are_taken_as_they_are() -> None:

@@ -17,6 +17,7 @@ import portable_amp
 from cv_classification import __main__ as example
 from cv_classification.config import InputError, load_config
 from portable_amp import cli
+from support import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -162,6 +163,7 @@ def test_every_environment_variable_is_in_the_reference() -> None:
     page = (DOCS / "reference" / "environment.md").read_text("utf-8")
     code = [*ROOT.glob("src/**/*.py"), *ROOT.glob("examples/**/*.py")]
     read = set[str]().union(*(variables(path.read_text("utf-8")) for path in code))
+    read |= SETTINGS  # with what launchers set
     assert {"PORTABLE_AMP_DEVICE", "PORTABLE_AMP_STRICT", "RANK", "WORLD_SIZE"} <= read
     assert missing(read, page, r"^\| `{}` \|") == set()
     assert missing(variables('os.environ["NEWS"]'), page, r"^\| `{}` \|") == {"NEWS"}

@@ -63,7 +63,9 @@ def test_facts_that_are_derived_are_those_of_the_catalogue(row: Machine) -> None
     [
         *zip(("auto", True, None, " AUTO "), itertools.repeat("auto")),
         *zip(("fp32", False, "no", "32-true", "32", 32, torch.float32), itertools.repeat("fp32")),
+        *zip(("Float", "torch.float32"), itertools.repeat("fp32")),
         *zip(("fp16", "16-mixed", "half", 16, torch.float16, "FP16"), itertools.repeat("fp16")),
+        ("torch.half", "fp16"),
         *zip(("bf16", "bf16-mixed", "bfloat16", torch.bfloat16), itertools.repeat("bf16")),
     ],
 )
@@ -80,14 +82,29 @@ def test_spellings(value: object, expected: str) -> None:
         (0, "it is no precision"),
         (1.0, "it is no precision"),
         ([], "it is no precision"),
-        (torch.float64, "it is no precision"),
+        (torch.float64, "the model's own dtype"),
+        (torch.int8, "it is no precision"),
+        ("tf32", r"multiply float32 matrices: 'fp32', and torch.set_float32_matmul_precision"),
+        ("torch.float64", "the model's own dtype"),
+        ("double", "the model's own dtype"),
+        (64, "the model's own dtype"),
+        ("fp8", "16 bits and no fewer"),
+        ("int8", "16 bits and no fewer"),
+        (8, "16 bits and no fewer"),
+        ("mixed", "did you mean 'auto'"),
+        ("true", "did you mean 'auto'"),
+        ("none", "did you mean 'fp32'"),
+        ("fp16-mixed", "did you mean 'fp16'"),
+        (16.0, "it is no precision"),
+        ({}, "it is no precision"),
+        (slice(1), "it is no precision"),
         ("", "it is no precision"),
     ],
 )
 def test_what_is_no_precision_is_refused_with_what_works(value: object, why: str) -> None:
     with pytest.raises(UnsupportedPrecisionError, match=why) as caught:
         parse_precision(value)  # type: ignore[arg-type]
-    assert repr(value) in str(caught.value)
+    assert f"precision={value!r}: " in str(caught.value)
     assert "'auto', 'fp32', 'fp16' or 'bf16'" in str(caught.value)
 
 

@@ -29,10 +29,22 @@ def test_a_seed_repeats_everything() -> None:
     assert draw() == first
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "1", None, True])
+@pytest.mark.parametrize(
+    "seed",
+    [-1, 2**32, 1.0, "1", None, True, np.bool_(1), np.float64(1), np.int8(-1), [1], torch.ones(())],
+)
 def test_what_is_no_seed_is_refused(seed: object) -> None:
     with pytest.raises(ValueError, match="whole number from 0"):
         seed_everything(seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [np.int64(5), np.uint8(5), 0, 2**32 - 1])
+def test_whole_numbers_of_numpy_are_seeds(seed: int) -> None:
+    returned = seed_everything(seed)
+    assert type(returned) is int
+    first = draw()
+    seed_everything(int(seed))
+    assert draw() == first
 
 
 def test_state_comes_back_through_a_checkpoint(tmp_path: object) -> None:
