@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portable_amp import MachineError, Support, choose, probe
+from portable_amp import Capabilities, MachineError, Support, choose, probe
 from portable_amp.capabilities import derive
 from portable_amp.testing import MACHINES, machine
 from support import playing
@@ -150,3 +151,153 @@ def test_a_device_is_read_once() -> None:
 def test_an_unknown_machine_is_told_the_nearest() -> None:
     with pytest.raises(MachineError, match="a100"):
         machine("a101")
+
+
+NATIVE, EMULATED, ABSENT = Support.NATIVE, Support.EMULATED, Support.ABSENT
+
+# device type, fp16, bf16, float64, autocast, grad_scaler, autocast_float32, caveat, evidence, GiB
+FACTS: dict[str, tuple[object, ...]] = {
+    "t4": (
+        "cuda", NATIVE, EMULATED, True, True, True, True, "",
+        ("Tesla T4, compute capability 7.5",
+         "bf16 is emulated below compute capability 8.0, and slower than fp32"), 15,
+    ),
+    "a100": (
+        "cuda", NATIVE, NATIVE, True, True, True, True, "",
+        ("NVIDIA A100-SXM4-40GB, compute capability 8.0",), 40,
+    ),
+    "mi250": (
+        "cuda", NATIVE, NATIVE, True, True, True, True, "",
+        ("AMD Instinct MI250X, gfx90a",), 64,
+    ),
+    "rx6800": (
+        "cuda", NATIVE, ABSENT, True, True, True, True, "",
+        ("AMD Radeon RX 6800, gfx1030", "gfx1030 has no bf16 instructions"), 16,
+    ),
+    "arc-a770": (
+        "xpu", NATIVE, NATIVE, False, True, True, False, "",
+        ("Intel(R) Arc(TM) A770 Graphics; the driver says fp16 yes, bf16 yes, fp64 no",), 16,
+    ),
+    "m1-macos13": (
+        "mps", NATIVE, ABSENT, False, True, True, False,
+        "torch's autocast covers only part of its operations on MPS",
+        ("macOS 13.6, torch 2.8",
+         "MPS autocast needs torch 2.5 for fp16, torch 2.6 and macOS 14 for bf16; "
+         "a gradient scaler needs torch 2.8"), 16,
+    ),
+    "gaudi2": (
+        "hpu", NATIVE, NATIVE, None, True, True, False,
+        "portable-amp knows hpu only by what its torch module says",
+        ("GAUDI2; torch.hpu says fp16 True, bf16 True (None: it does not say)",), 96,
+    ),
+    "cpu": (
+        "cpu", EMULATED, EMULATED, True, True, True, False,
+        "on a CPU mixed precision can be slower than fp32, depending on the model",
+        ("x86_64, 16-bit instructions: none",), None,
+    ),
+    "cpu-amx": (
+        "cpu", NATIVE, NATIVE, True, True, True, False,
+        "on a CPU mixed precision can be slower than fp32, depending on the model",
+        ("x86_64, 16-bit instructions: amx_bf16, avx512_bf16, avx512_fp16",), None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", FACTS)
+def test_every_fact_of_a_machine(key: str) -> None:
+    row = machine(key)
+    kind, fp16, bf16, fp64, autocast, scaler, fp32, caveat, evidence, gib = FACTS[key]
+    assert row.capabilities == Capabilities(
+        device_type=kind,  # type: ignore[arg-type]
+        name=row.hardware.name,
+        float16=fp16,  # type: ignore[arg-type]
+        bfloat16=bf16,  # type: ignore[arg-type]
+        float64=fp64,  # type: ignore[arg-type]
+        autocast=autocast,  # type: ignore[arg-type]
+        grad_scaler=scaler,  # type: ignore[arg-type]
+        autocast_float32=fp32,  # type: ignore[arg-type]
+        mixed_precision_caveat=caveat,  # type: ignore[arg-type]
+        evidence=evidence,  # type: ignore[arg-type]
+        total_memory=gib * 2**30 if isinstance(gib, int) else None,
+    )
+    without = derive(replace(row.hardware, autocast=False, total_memory=7, float64=None))
+    assert (without.autocast, without.total_memory) == (False, 7)
+    assert without.float64 is None
+
+
+@pytest.mark.parametrize("key", ["t4", "mi250", "arc-a770", "m2-macos14", "gaudi2"])
+def test_what_was_read_is_what_is_derived_from(key: str) -> None:
+    with playing(key) as hardware:
+        assert probe(f"{hardware.device_type}:0") == derive(hardware)
+
+
+@pytest.mark.parametrize(
+    ("feature", "fp16", "bf16"),
+    [
+        ("avx512_bf16", EMULATED, NATIVE),
+        ("amx_bf16", EMULATED, NATIVE),
+        ("bf16", EMULATED, NATIVE),
+        ("sve_bf16", EMULATED, NATIVE),
+        ("avx512_fp16", NATIVE, EMULATED),
+        ("amx_fp16", NATIVE, EMULATED),
+        ("avx512_f", EMULATED, EMULATED),
+    ],
+)
+def test_each_instruction_set_of_a_cpu(feature: str, fp16: Support, bf16: Support) -> None:
+    can = derive(replace(machine("cpu").hardware, cpu_features=frozenset({feature})))
+    assert (can.float16, can.bfloat16) == (fp16, bf16)
+    assert can.evidence[0].endswith(feature if feature != "avx512_f" else "none")
+
+
+@pytest.mark.parametrize(
+    ("arch", "fp16", "bf16"),
+    [
+        ("gfx803", EMULATED, EMULATED),
+        ("gfx900", NATIVE, EMULATED),
+        ("gfx90a", NATIVE, NATIVE),
+        ("gfx950", NATIVE, NATIVE),
+        ("gfx1010", NATIVE, ABSENT),
+        ("gfx1151", NATIVE, NATIVE),
+        ("gfx1201", NATIVE, NATIVE),
+    ],
+)
+def test_each_generation_of_amd(arch: str, fp16: Support, bf16: Support) -> None:
+    can = derive(replace(machine("mi250").hardware, arch=arch))
+    assert (can.float16, can.bfloat16) == (fp16, bf16)
+    assert can.evidence[1:] == (() if bf16 is NATIVE else (f"{arch} has no bf16 instructions",))
+
+
+@pytest.mark.parametrize(
+    ("said", "fp16", "bf16", "word"),
+    [(None, ABSENT, EMULATED, "unknown"), (False, ABSENT, EMULATED, "no"),
+     (True, NATIVE, NATIVE, "yes")],
+)  # fmt: skip
+def test_what_intels_driver_says(
+    said: bool | None, fp16: Support, bf16: Support, word: str
+) -> None:
+    hardware = replace(machine("max1550").hardware, float16=said, bfloat16=said, float64=said)
+    can = derive(hardware)
+    assert (can.float16, can.bfloat16, can.float64) == (fp16, bf16, said)
+    assert can.evidence[0].endswith(f"fp16 {word}, bf16 {word}, fp64 {word}")
+
+
+@pytest.mark.parametrize(("said", "support"), [(None, ABSENT), (False, ABSENT), (True, NATIVE)])
+def test_what_a_vendors_module_says(said: bool | None, support: Support) -> None:
+    can = derive(replace(machine("gaudi2").hardware, float16=said, bfloat16=not said))
+    assert can.float16 is support
+    assert can.bfloat16 is (ABSENT if said else NATIVE)
+
+
+def test_readings_that_are_missing() -> None:
+    nvidia = derive(replace(machine("a100").hardware, compute_capability=None))
+    assert (nvidia.float16, nvidia.bfloat16) == (EMULATED, EMULATED)
+    mac = derive(replace(machine("m2-macos14").hardware, macos=None))
+    assert (mac.float16, mac.bfloat16) == (NATIVE, ABSENT)
+    assert mac.evidence[0] == "macOS 0.0, torch 2.15"
+
+
+@pytest.mark.parametrize("key", ["a100", "arc-a770", "m2-macos14", "cpu"])
+def test_support_of_each_dtype(key: str) -> None:
+    can = replace(machine(key).capabilities, float16=EMULATED, bfloat16=ABSENT)
+    asked = [can.support(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    assert asked == [NATIVE, EMULATED, ABSENT]
