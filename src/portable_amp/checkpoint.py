@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from portable_amp.errors import CheckpointError
+from portable_amp.errors import CheckpointError, shown
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 # The value alone of what is a subclass, such as an Enum's member, whatever its own methods say.
@@ -30,6 +30,7 @@ _BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 # Mappings that torch.load takes; schedulers of torch keep a Counter in their state.
 _MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
 
+_ZIP = b"PK\3\4"  # what torch itself goes by
 # What else people give: how it begins, and what it is.
 _FOREIGN = (
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
@@ -90,8 +91,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     cause: Exception | None = None
     try:
         with target.open("rb") as file:
-            zipped = zipfile.is_zipfile(file)
-            why = _why_no_checkpoint(file, zipped)
+            head = file.read(64)
+            zipped = head.startswith(_ZIP)
+            why = _why_no_checkpoint(file, head)
+            file.seek(0)
             loaded = None if why else _load(file)
     except pickle.UnpicklingError as error:
         why, cause = "it holds Python objects whose code would run on loading", error
@@ -185,20 +188,20 @@ def _prove(path: Path) -> None:
 @contextlib.contextmanager
 def _checksums() -> Iterator[None]:
     """torch.save writes checksums that are right, also where somebody told it not to (2.6+)."""
-    put = getattr(torch.serialization, "set_crc32_options", None)
-    before = put and torch.serialization.get_crc32_options()
-    if put:
-        put(True)
+    ask = getattr(torch.serialization, "get_crc32_options", None)
+    if ask is None or ask():
+        yield
+        return
+    torch.serialization.set_crc32_options(True)
     try:
         yield
     finally:
-        if put:
-            put(before)
+        torch.serialization.set_crc32_options(False)
 
 
-def _why_no_checkpoint(file: BinaryIO, zipped: bool) -> str:
+def _why_no_checkpoint(file: BinaryIO, head: bytes) -> str:
     """What else the file is, or where it is damaged; empty where neither is seen."""
-    if zipped:
+    if head.startswith(_ZIP):
         with zipfile.ZipFile(file) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]
             if "constants.pkl" in names:
@@ -207,9 +210,6 @@ def _why_no_checkpoint(file: BinaryIO, zipped: bool) -> str:
                 return "it is a zip archive without a checkpoint in it"
             if damaged := archive.testzip():  # torch does not look at the checksums
                 return f"it is damaged: the checksum of {damaged!r} is wrong"
-    file.seek(0)
-    head = file.read(64)
-    file.seek(0)
     if not head:
         return "it is empty"
     # Source: the safetensors format: 8 bytes of length, little endian, and a header in JSON.
@@ -257,7 +257,7 @@ def _key(key: Any, where: str) -> Any:
     made = None if isinstance(key, torch.Tensor) else _plain(key, f"a key of {where}")
     if isinstance(made, (str, bool, int, float)):
         return made
-    raise CheckpointError(f"{where} has the key {key!r}: keys are strings or numbers")
+    raise CheckpointError(f"{where} has the key {shown(key)}: keys are strings or numbers")
 
 
 def _plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
@@ -267,9 +267,8 @@ def _plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
             plain = plain.as_subclass(torch.Tensor)
         # Others hold something else than their own numbers, and write themselves; or fail to.
     except Exception as error:
-        raise CheckpointError(f"{where} is a tensor that cannot be read: {_one_line(error)}") from (
-            error
-        )
+        why = f"{where} is a tensor that cannot be read: {_one_line(error)}"
+        raise CheckpointError(why) from error
     if plain.is_meta:
         raise CheckpointError(f"{where} is a tensor on 'meta', which holds no numbers")
     return plain

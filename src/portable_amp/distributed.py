@@ -84,8 +84,8 @@ def init_distributed(device: str | torch.device) -> Ranks:
     missing = sorted({"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys())
     if started and missing:
         raise DistributedError(
-            f"${missing[0]} is not set: torchrun sets it; with {started.name} write this before "
-            f"the command: {started.address}"
+            f"${missing[0]} is not set: torchrun sets it, but srun and mpirun do not. Write this "
+            f"before the command: {started.address}"
         )
     select = torch_function(row.set_device)
     if select and where.index is not None:

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 class Launcher:
     """The environment variables that one way of starting processes sets."""
 
-    name: str
     sign: str
     """Where this one is set, that launcher has started the process."""
     rank: str
     local_rank: str
     world_size: str
-    address: str = "export MASTER_ADDR=$(hostname) MASTER_PORT=29500"
+    address: str = (
+        "export MASTER_ADDR=$(hostname) MASTER_PORT=29500 (and with Open MPI on several machines: "
+        "mpirun -x MASTER_ADDR -x MASTER_PORT)"
+    )
     """What to write before the command so that the processes find each other."""
 
 
@@ -32,16 +34,15 @@ _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 # Cray's PALS; Slurm's srun: only it sets SLURM_STEP_NUM_TASKS. A batch script, or a shell of
 # salloc, has SLURM_PROCID=0 and the SLURM_NTASKS of the whole job, though it is one process.
 LAUNCHERS = (
-    Launcher("torchrun", "RANK", *_TORCHRUN),
-    Launcher("torchrun", "WORLD_SIZE", *_TORCHRUN),
+    Launcher("RANK", *_TORCHRUN),
+    Launcher("WORLD_SIZE", *_TORCHRUN),
     *(
-        Launcher("mpirun", f"{stem}_RANK", f"{stem}_RANK", f"{stem}_LOCAL_RANK", f"{stem}_SIZE")
+        Launcher(f"{stem}_RANK", f"{stem}_RANK", f"{stem}_LOCAL_RANK", f"{stem}_SIZE")
         for stem in ("OMPI_COMM_WORLD", "MV2_COMM_WORLD")
     ),
-    Launcher("mpirun", "MPI_LOCALRANKID", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
-    Launcher("mpiexec", "PMI_LOCAL_RANK", "PMI_RANK", "PMI_LOCAL_RANK", "PMI_SIZE"),
+    Launcher("MPI_LOCALRANKID", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    Launcher("PMI_LOCAL_RANK", "PMI_RANK", "PMI_LOCAL_RANK", "PMI_SIZE"),
     Launcher(
-        "srun",
         "SLURM_STEP_NUM_TASKS",
         "SLURM_PROCID",
         "SLURM_LOCALID",
@@ -49,7 +50,7 @@ LAUNCHERS = (
         _SRUN_ADDRESS,
     ),
     # srun with PMI sets this one too; alone it does not say which process of its node this is.
-    Launcher("mpirun", "PMI_RANK", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    Launcher("PMI_RANK", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
 )
 
 
