@@ -67,7 +67,7 @@ def test_it_works_without_numpy() -> None:
 
 def test_the_readmes_table_of_machines() -> None:
     rows = re.findall(r"^\|.*\(`(.+?)`\)(.*)\|$", (ROOT / "README.md").read_text("utf-8"), re.M)
-    assert len(rows) == 8
+    assert len(rows) == 9
     for key, cells in rows:
         can = machine(key).capabilities
         told = [cell.strip() for cell in cells.strip(" |").split("|")]
