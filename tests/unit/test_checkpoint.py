@@ -245,6 +245,8 @@ def test_checksums_are_written_where_torch_was_told_not_to(tmp_path: Path) -> No
     put = getattr(torch.serialization, "set_crc32_options", None)
     if put is None:
         pytest.skip(f"torch {torch.__version__} always writes them")
+    save_checkpoint(tmp_path / "c.pt", {})
+    assert torch.serialization.get_crc32_options() is True
     put(False)
     try:
         save_checkpoint(tmp_path / "c.pt", {"a": torch.ones(2)})
