@@ -57,6 +57,9 @@ class Autocast(torch.autocast):
     torch's own `__enter__` calls, and costs half as much.
     """
 
+    takes_cache_as_it_is = False
+    """Whether weights are cached is up to the region around; torch asks when one is made."""
+
     def __enter__(self) -> Any:
         if is_dynamo_compiling():  # traced, not run: there is nothing to restore
             super().__enter__()  # type: ignore[no-untyped-call]
@@ -68,6 +71,8 @@ class Autocast(torch.autocast):
         if _modes():
             live = torch.autocast.__new__(torch.autocast)
             live.__dict__.update(self.__dict__)
+            if self.takes_cache_as_it_is:
+                live._cache_enabled = cached
             live.__enter__()
         else:  # what torch does, but for setting what is so already
             if on is not self._enabled:
@@ -75,7 +80,7 @@ class Autocast(torch.autocast):
             if dtype is not self.fast_dtype:
                 set_autocast_dtype(device, self.fast_dtype)
             autocast_increment_nesting()
-            if cached is not self._cache_enabled:
+            if cached is not self._cache_enabled and not self.takes_cache_as_it_is:
                 set_autocast_cache_enabled(self._cache_enabled)
         _entered.regions.append((self, device, on, dtype, cached, live))
         return self
@@ -143,8 +148,8 @@ class Autocast(torch.autocast):
 class OffAutocast(Autocast):
     """Autocast that is off: where nothing is on, entering it changes nothing."""
 
-    def __init__(self, device_type: str, enabled: bool = False) -> None:
-        super().__init__(device_type, enabled=enabled)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._idle: _Region = (self, None, False, None, False, None)
 
     def __enter__(self) -> Any:
@@ -165,6 +170,8 @@ class OffAutocast(Autocast):
 
 class NoAutocast(contextlib.ContextDecorator):
     """Changes nothing: for a device that has no autocast."""
+
+    takes_cache_as_it_is = True
 
     def __enter__(self) -> NoAutocast:
         return self

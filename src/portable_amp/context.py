@@ -88,21 +88,40 @@ class DeviceContext:
         """What torch.autocast is given as device_type; None where autocast is off."""
         return self.device.type if self.plan.autocast else None
 
-    def autocast(self) -> Autocast | NoAutocast:
+    def autocast(
+        self,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        cache_enabled: bool | None = None,
+    ) -> Autocast | NoAutocast:
         """The region to compute in: autocast under the plan, or float32 where the plan is fp32.
 
-        The same object each time; it may be nested, entered in threads, and used as a decorator.
+        It may be nested, entered in threads, and used as a decorator. Without arguments it is the
+        same object each time.
 
-        >>> with DeviceContext("cpu", precision="fp32").autocast():
+        Args:
+            enabled: False: a block that stays in float32.
+            dtype: torch.float32 likewise. float16 and bfloat16 as if asked for by `precision`:
+                float32 where this device does not honour them. None: that of the plan.
+            cache_enabled: whether weights are cached in low precision, False for torch.jit.trace;
+                None: as around the region.
+
+        Raises:
+            UnsupportedPrecisionError: no such precision, or refused under "raise".
+
+        >>> ctx = DeviceContext("cpu", precision="fp32")
+        >>> with torch.autocast("cpu", torch.bfloat16), ctx.autocast():
         ...     torch.ones(2, 2).mm(torch.ones(2, 2)).dtype
         torch.float32
         """
-        if is_dynamo_compiling():
-            traced: Autocast = self._region(torch.autocast, torch.autocast)
-            return traced
+        compiling = is_dynamo_compiling()
+        if compiling or not enabled or dtype is not None or cache_enabled is not None:
+            return self._region(enabled, dtype, cache_enabled, compiling)
         region = self._autocast
         if region is None:
-            region = self.__dict__["_autocast"] = self._region(Autocast, OffAutocast)
+            region = self._region(True, None, True)
+            region.takes_cache_as_it_is = True
+            self.__dict__["_autocast"] = region
         return region
 
     def tuned(
@@ -170,15 +189,16 @@ class DeviceContext:
         growth_factor: float = 2.0,
         backoff_factor: float = 0.5,
         growth_interval: int = 2000,
+        enabled: bool = True,
     ) -> ScalerShim:
-        """A gradient scaler for this device, enabled where the plan is fp16."""
+        """A gradient scaler for this device, on where the plan is fp16; enabled=False: never."""
         return ScalerShim(
             self.device,
             init_scale,
             growth_factor,
             backoff_factor,
             growth_interval,
-            enabled=self.plan.scaler,
+            enabled=enabled and self.plan.scaler,
         )
 
     def to(self, value: T) -> T:
@@ -305,28 +325,39 @@ class DeviceContext:
         ]
         return "\n".join(lines)
 
-    def _region(self, on: type[torch.autocast], off: type[torch.autocast]) -> Any:
+    def _region(
+        self,
+        enabled: bool,
+        dtype: torch.dtype | None,
+        cache_enabled: bool | None,
+        compiling: bool = False,
+    ) -> Autocast | NoAutocast:
+        if not enabled:
+            dtype = torch.float32
+        elif dtype is None:
+            dtype = self.plan.dtype
+        else:
+            dtype = self._honoured(dtype)
         if not self.capabilities.autocast:
             return NoAutocast()
-        kind, plan = self.device.type, self.plan
-        return on(kind, plan.dtype) if plan.autocast else off(kind, enabled=False)
+        on = dtype is not torch.float32
+        made: Any = Autocast if on else OffAutocast
+        if compiling:
+            made = torch.autocast
+        region: Autocast = made(self.device.type, dtype if on else None, on, cache_enabled)
+        return region
+
+    def _honoured(self, dtype: torch.dtype) -> torch.dtype:
+        """What a plan for this dtype computes in; told where it is another one."""
+        plan = choose(dtype, self.capabilities)
+        _tell(plan, self.device, self.unsupported)
+        return plan.dtype
+
+    # torch.compile takes it while tracing, as it takes autocast._decide.
+    _honoured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _tell(self) -> None:
-        plan = self.plan
-        strict = os.environ.get(STRICT_VARIABLE, "").strip().lower() not in _OFF
-        key = (str(self.device), plan.request, plan.reason)
-        if not plan.fell_back:
-            if plan.request == "auto" and not plan.autocast:
-                tell_once(
-                    key, f"{self.device}: mixed precision is off, computing in fp32: {plan.reason}."
-                )
-            return
-        message = f"precision={plan.request!r} on {self.device} becomes fp32: {plan.reason}."
-        if strict or self.unsupported == "raise":
-            raise UnsupportedPrecisionError(
-                f"precision={plan.request!r} is refused on {self.device}: {plan.reason}."
-            )
-        tell_once(key, message, PrecisionFallbackWarning)
+        _tell(self.plan, self.device, self.unsupported)
 
     def _fill(
         self,
@@ -364,3 +395,21 @@ def _restore(
     context = DeviceContext.__new__(DeviceContext)
     context._fill(device, capabilities, plan, unsupported)
     return context
+
+
+def _tell(plan: PrecisionPlan, device: torch.device, unsupported: str) -> None:
+    key = (str(device), plan.request, plan.reason)
+    if not plan.fell_back:
+        if plan.request == "auto" and not plan.autocast:
+            tell_once(key, f"{device}: mixed precision is off, computing in fp32: {plan.reason}.")
+        return
+    strict = os.environ.get(STRICT_VARIABLE, "").strip().lower() not in _OFF
+    if strict or unsupported == "raise":
+        raise UnsupportedPrecisionError(
+            f"precision={plan.request!r} is refused on {device}: {plan.reason}."
+        )
+    tell_once(
+        key,
+        f"precision={plan.request!r} on {device} becomes fp32: {plan.reason}.",
+        PrecisionFallbackWarning,
+    )

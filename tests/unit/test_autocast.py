@@ -3,13 +3,21 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from portable_amp import DeviceContext, DeviceError, PrecisionFallbackWarning, maybe_autocast
+from portable_amp import (
+    DeviceContext,
+    DeviceError,
+    PrecisionFallbackWarning,
+    UnsupportedPrecisionError,
+    maybe_autocast,
+)
 from portable_amp.autocast import Autocast, NoAutocast
 from portable_amp.backends import torch_version
+from portable_amp.testing import machine
 from support import playing
 
 BF16 = torch.bfloat16
@@ -285,6 +293,83 @@ def test_a_context_gives_one_region_that_can_be_nested() -> None:
         assert not on()
 
 
+def test_a_block_of_a_context_stays_in_float32() -> None:
+    with playing("cpu-avx512bf16"):
+        ctx = DeviceContext("cpu", precision="bf16")
+    for float32 in (ctx.autocast(enabled=False), ctx.autocast(dtype=torch.float32)):
+        with ctx.autocast():
+            with float32, float32:
+                assert product() is torch.float32
+            assert product() is BF16
+        assert float32(product)() is torch.float32
+    with ctx.autocast(False, BF16):
+        assert product() is torch.float32
+    assert not on()
+
+
+def test_a_dtype_that_is_named_is_the_dtype_or_told() -> None:
+    with playing("cpu-avx512bf16"):
+        ctx = DeviceContext("cpu", precision="fp32")
+        with ctx.autocast(dtype=BF16):
+            assert product() is BF16
+        with pytest.warns(PrecisionFallbackWarning, match="becomes fp32") as caught:
+            for region in [ctx.autocast(dtype=torch.float16) for _ in range(2)]:
+                with torch.autocast("cpu", BF16), region:
+                    assert product() is torch.float32
+        assert len(caught) == 1
+        strict = DeviceContext("cpu", precision="fp32", unsupported="raise")
+        for dtype in (torch.float16, torch.float64):
+            with pytest.raises(UnsupportedPrecisionError):
+                strict.autocast(dtype=dtype)
+        strict.autocast(enabled=False, dtype=torch.float16)
+
+
+def test_a_context_without_autocast_tells_of_a_dtype_too() -> None:
+    with playing(replace(machine("m1-macos13").hardware, torch_version=(2, 4))):
+        ctx = DeviceContext("mps", precision="fp32")
+        with pytest.warns(PrecisionFallbackWarning, match="no working autocast for mps"):
+            assert isinstance(ctx.autocast(dtype=torch.float16), NoAutocast)
+
+
+def test_a_context_caches_as_is_done_around_it_unless_told() -> None:
+    with playing("cpu-avx512bf16"):
+        ctx = DeviceContext("cpu", precision="bf16")
+    with torch.autocast("cpu", enabled=False, cache_enabled=False):
+        with ctx.autocast():  # the first time, which must not be what it stays with
+            assert not torch.is_autocast_cache_enabled()
+        with ctx.autocast(cache_enabled=True):
+            assert torch.is_autocast_cache_enabled()
+    with ctx.autocast():
+        assert torch.is_autocast_cache_enabled()
+        with ctx.autocast(cache_enabled=False):
+            assert product() is BF16
+            assert not torch.is_autocast_cache_enabled()
+            with ctx.autocast():
+                assert not torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_a_block_can_be_traced() -> None:
+    with playing("cpu-avx512bf16"):
+        ctx = DeviceContext("cpu", precision="bf16")
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with ctx.autocast(cache_enabled=False):
+                x = self.second(self.first(x))
+                with ctx.autocast(dtype=torch.float32):
+                    return x, self.first(x.float())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        traced = torch.jit.trace(Model(), torch.ones(1, 2))  # type: ignore[no-untyped-call]
+    assert [y.dtype for y in traced(torch.ones(1, 2))] == [BF16, torch.float32]
+
+
 def compiled_dtype(function: object) -> torch.dtype:
     torch._dynamo.reset()
     with warnings.catch_warnings():
@@ -317,6 +402,14 @@ def test_inside_a_compiled_graph() -> None:
         with ctx.autocast():
             return x.mm(x)
 
+    def in_float32(x: torch.Tensor) -> torch.Tensor:
+        with ctx.autocast(), ctx.autocast(dtype=torch.float32), ctx.autocast(enabled=False):
+            return x.mm(x)
+
+    def named(x: torch.Tensor) -> torch.Tensor:
+        with ctx.autocast(dtype=torch.float32), ctx.autocast(dtype=BF16, cache_enabled=False):
+            return x.mm(x)
+
     def automatic(x: torch.Tensor) -> torch.Tensor:
         with maybe_autocast():
             return x.mm(x)
@@ -325,11 +418,12 @@ def test_inside_a_compiled_graph() -> None:
         with absent:
             return x.mm(x)
 
-    for function in (made_inside, made_outside, decorated, of_a_context):
+    for function in (made_inside, made_outside, decorated, of_a_context, named):
         assert compiled_dtype(function) is BF16, function.__name__
         assert not on()
     # Dynamo before 2.15 refuses a context manager of a class it does not know, if made outside.
-    for function in (automatic, nothing) if torch_version() >= (2, 15) else (automatic,):
+    of_the_newest = (nothing,) if torch_version() >= (2, 15) else ()
+    for function in (automatic, in_float32, *of_the_newest):
         assert compiled_dtype(function) is torch.float32, function.__name__
 
 

@@ -51,7 +51,18 @@ def test_it_is_on_only_where_automatic_precision_is_fp16(key: str, on: bool) -> 
         assert ScalerShim().is_enabled() is on
         ctx = DeviceContext(precision="fp16")
         assert ctx.scaler().is_enabled()
+        assert not ctx.scaler(enabled=False).is_enabled()
+        assert not DeviceContext(precision="fp32").scaler(enabled=True).is_enabled()
     assert not ScalerShim().is_enabled()
+
+
+def test_the_scaler_of_a_context_takes_torchs_numbers() -> None:
+    with playing("t4"):
+        scaler = DeviceContext(precision="fp16").scaler(8.0, 4.0, 0.25, 5)
+    assert scaler.get_scale() == 8.0
+    assert scaler.get_growth_factor() == 4.0
+    assert scaler.get_backoff_factor() == 0.25
+    assert scaler.get_growth_interval() == 5
 
 
 @without_mps
