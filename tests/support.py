@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from portable_amp import capabilities, notices
+from portable_amp import backends, capabilities, notices
 from portable_amp.backends import Hardware, torch_version
 from portable_amp.launchers import LAUNCHERS
 from portable_amp.testing import Machine, machine, play
@@ -46,3 +48,24 @@ def playing(hardware: Hardware | str, count: int = 1) -> Iterator[Hardware]:
     row = machine(hardware) if isinstance(hardware, str) else Machine("made up", hardware, "a test")
     with play(row, count=count) as played:
         yield played.machine.hardware
+
+
+@contextlib.contextmanager
+def asleep(key: str) -> Iterator[list[bool]]:
+    """A machine whose CUDA is not initialised; the list is filled once anything initialises it."""
+    awake: list[bool] = []
+
+    def wake(*_: Any) -> Any:
+        awake.append(True)
+        return machine(key).hardware
+
+    with playing(key), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: bool(awake))
+        for name in ("get_device_properties", "get_device_capability", "is_bf16_supported"):
+            patch.setattr(torch.cuda, name, wake)
+        rows = [
+            replace(row, read=wake) if row.device_type == "cuda" else row
+            for row in backends.BACKENDS
+        ]
+        patch.setattr(backends, "BACKENDS", tuple(rows))
+        yield awake

@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Generator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import (  # by name: they are called in every step
@@ -17,17 +17,25 @@ from torch import (  # by name: they are called in every step
     get_autocast_dtype,
     is_autocast_cache_enabled,
     is_autocast_enabled,
+    is_grad_enabled,
     set_autocast_cache_enabled,
     set_autocast_dtype,
     set_autocast_enabled,
 )
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from portable_amp.backends import resolve_device
-from portable_amp.capabilities import Support, look_up, probe
+from portable_amp.backends import resolve_device, torch_version
+from portable_amp.capabilities import Asleep, Support, look_up
 from portable_amp.errors import PrecisionFallbackWarning
 from portable_amp.notices import tell_once
-from portable_amp.precision import choose
+from portable_amp.precision import Precision, choose, parse_dtype
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Source: pytorch#112583, seen with torch 2.4 to 2.10: a weight whose first use in a region is under
+# no_grad or inference_mode is cached without its gradient, for what is trained there later, too.
+_CACHE_LOSES_GRADIENTS = torch_version() < (2, 11)
 
 _modes = torch._C._is_torch_function_mode_enabled
 _Region = tuple["Autocast", "str | None", bool, Any, bool, "torch.autocast | None"]
@@ -44,9 +52,21 @@ class _Entered(threading.local):
 
     def __init__(self) -> None:
         self.regions: list[_Region] = []
+        self.trained_in_fp16 = False
+        """A region in fp16 was entered to compute gradients, and no scaler has stepped since."""
 
 
 _entered = _Entered()
+
+
+class Region(Protocol):
+    """What to compute in: a context manager, and a decorator that keeps the types."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exc: Any) -> Literal[False] | None: ...
+
+    def __call__(self, func: F) -> F: ...
 
 
 class Autocast(torch.autocast):
@@ -57,8 +77,20 @@ class Autocast(torch.autocast):
     torch's own `__enter__` calls, and costs half as much.
     """
 
-    takes_cache_as_it_is = False
+    inherits_cache = False
     """Whether weights are cached is up to the region around; torch asks when one is made."""
+
+    def __init__(
+        self,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        cache_enabled: bool | None = None,
+    ) -> None:
+        super().__init__(device_type, dtype, enabled, cache_enabled)
+        if cache_enabled is None and _CACHE_LOSES_GRADIENTS:
+            self.inherits_cache, self._cache_enabled = True, False
+        _watch_optimizers()
 
     def __enter__(self) -> Any:
         if is_dynamo_compiling():  # traced, not run: there is nothing to restore
@@ -67,21 +99,29 @@ class Autocast(torch.autocast):
         device = self.device
         on = is_autocast_enabled(device)
         dtype, cached = get_autocast_dtype(device), is_autocast_cache_enabled()
+        fast_dtype, caches = self.fast_dtype, self._cache_enabled
+        if (
+            caches is not cached
+            and self.inherits_cache
+            and not (_CACHE_LOSES_GRADIENTS and is_grad_enabled())
+        ):
+            caches = cached
+        if fast_dtype is torch.float16 and self._enabled and is_grad_enabled():
+            _entered.trained_in_fp16 = True
         live = None
         if _modes():
             live = torch.autocast.__new__(torch.autocast)
             live.__dict__.update(self.__dict__)
-            if self.takes_cache_as_it_is:
-                live._cache_enabled = cached
+            live._cache_enabled = caches
             live.__enter__()
         else:  # what torch does, but for setting what is so already
             if on is not self._enabled:
                 set_autocast_enabled(device, self._enabled)
-            if dtype is not self.fast_dtype:
-                set_autocast_dtype(device, self.fast_dtype)
+            if dtype is not fast_dtype:
+                set_autocast_dtype(device, fast_dtype)
             autocast_increment_nesting()
-            if cached is not self._cache_enabled and not self.takes_cache_as_it_is:
-                set_autocast_cache_enabled(self._cache_enabled)
+            if cached is not caches:
+                set_autocast_cache_enabled(caches)
         _entered.regions.append((self, device, on, dtype, cached, live))
         return self
 
@@ -133,15 +173,15 @@ class Autocast(torch.autocast):
                 return self, None, False, None, False, None
         return self, device, on, dtype, cached, live
 
-    def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, func: F) -> F:
         if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
             raise TypeError(
                 f"maybe_autocast cannot decorate the coroutine {func.__name__!r}: the event loop "
                 "would run other tasks inside it. Use `with` around the code that computes."
             )
         if inspect.isgeneratorfunction(func):
-            return _decorate_generator(self, func)
-        decorated: Callable[..., Any] = super().__call__(func)  # type: ignore[no-untyped-call]
+            return _decorate_generator(self, func)  # type: ignore[return-value]
+        decorated: F = super().__call__(func)  # type: ignore[no-untyped-call]
         return decorated
 
 
@@ -168,10 +208,29 @@ class OffAutocast(Autocast):
         return super().__exit__(*exc)
 
 
+class UndecidedAutocast(Autocast):
+    """Decided when somebody looks, at the first entry: asking now would initialise the device."""
+
+    def __init__(
+        self, asked: tuple[Any, ...], device_type: str, cache_enabled: bool | None
+    ) -> None:
+        super().__init__(device_type, None, False, cache_enabled)
+        self._asked = asked
+        del self._enabled, self.fast_dtype
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("_enabled", "fast_dtype"):
+            raise AttributeError(name)
+        # None: it turns out to have no autocast, and this is off.
+        _, dtype, self._enabled = _decide(*self._asked) or (None, None, False)
+        self.fast_dtype = dtype or get_autocast_dtype(self.device)
+        return self.__dict__[name]
+
+
 class NoAutocast(contextlib.ContextDecorator):
     """Changes nothing: for a device that has no autocast."""
 
-    takes_cache_as_it_is = True
+    inherits_cache = True
 
     def __enter__(self) -> NoAutocast:
         return self
@@ -209,26 +268,55 @@ def _decorate_generator(
     return wrapper
 
 
+@functools.cache
+def _watch_optimizers() -> None:
+    """From the first region on: a step makes the low-precision copies of weights stale.
+
+    They would outlive it in a region around the whole loop, and the loop would never learn.
+    """
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    clear_autocast_cache()
+    regions = _entered.regions
+    if regions and is_autocast_cache_enabled() and any(entered[0]._enabled for entered in regions):
+        tell_once(
+            ("autocast", "step inside"),
+            "an optimizer stepped inside an autocast region: the low-precision copies of its "
+            "weights were dropped. Weights that change there in another way (copied, swapped, "
+            "loaded) need torch.clear_autocast_cache(); better leave the region before.",
+        )
+
+
+def fp16_without_scaling() -> bool:
+    """Whether a region of this thread computed gradients in fp16 since this was asked last."""
+    trained, _entered.trained_in_fp16 = _entered.trained_in_fp16, False
+    return trained
+
+
 def maybe_autocast(
     device_type: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Precision = None,
     enabled: bool = True,
     cache_enabled: bool | None = None,
-) -> Autocast | NoAutocast:
+) -> Region:
     """torch.autocast where this machine can autocast, nothing where it cannot, and it says so once.
 
     Args:
         device_type: "cuda", "cuda:0", a torch.device; None: the best device of this machine.
-        dtype: what to compute in; None: torch's default for the device, or, where the device is
-            None too, what `DeviceContext()` would choose.
+        dtype: what to compute in, "bf16" and the like too; None: torch's default for the device,
+            or, where the device is None too, what `DeviceContext()` would choose.
         enabled: False computes the region in the dtypes of its tensors.
         cache_enabled: as in torch.autocast.
 
     Returns:
         A context manager and decorator; one instance may be entered again, nested and in threads.
+        It is decided when it is first entered, where asking now would initialise the device.
 
     Raises:
         DeviceError: torch knows no such device.
+        UnsupportedPrecisionError: nobody spells a dtype like that.
 
     >>> with maybe_autocast("cpu", torch.bfloat16):
     ...     torch.ones(2, 2).mm(torch.ones(2, 2)).dtype
@@ -239,10 +327,19 @@ def maybe_autocast(
         decided = _decide(device_type, dtype, enabled)
         if decided is None:
             return NoAutocast()
-        return torch.autocast(*decided, cache_enabled)  # type: ignore[return-value]
-    kind, capabilities = look_up(device_type) if device_type is not None else ("", None)
+        return torch.autocast(*decided, cache_enabled)
+    if device_type is not None and dtype is not None and dtype.__class__ is not torch.dtype:
+        dtype = parse_dtype(dtype) or "auto"
+    where = resolve_device() if device_type is None else device_type
+    try:
+        kind, capabilities = look_up(where, False)
+    except Asleep as asleep:
+        kind = asleep.args[0]
+        if device_type is not None and dtype is None:
+            dtype = get_autocast_dtype(kind)  # that of the region around, as in torch
+        return UndecidedAutocast((device_type, dtype, enabled), kind, cache_enabled)
     wanted, key = dtype, None
-    if capabilities and capabilities.autocast:
+    if device_type is not None and capabilities and capabilities.autocast:
         wanted = get_autocast_dtype(kind) if dtype is None else dtype
         key = kind, wanted, enabled, cache_enabled, is_autocast_cache_enabled()
         known, attributes = _known.get(key, (None, None))
@@ -264,15 +361,11 @@ _known: dict[Any, tuple[Any, Any]] = {}
 
 
 def _decide(
-    device_type: str | torch.device | None, dtype: torch.dtype | None, enabled: bool
+    device_type: str | torch.device | None, dtype: Precision, enabled: bool
 ) -> tuple[str, torch.dtype | None, bool] | None:
     """The arguments for torch.autocast, or None where it is to be left alone."""
     if device_type is None:
-        device_type = resolve_device()
-        if dtype is None:
-            plan = choose("auto", probe(device_type))
-            dtype = plan.dtype if plan.autocast else None
-            enabled = enabled and plan.autocast
+        device_type, dtype = resolve_device(), "auto" if dtype is None else dtype
     kind, capabilities = look_up(device_type)
     if capabilities is None or not capabilities.autocast:
         if enabled:
@@ -283,6 +376,12 @@ def _decide(
             )
             _tell(kind, f"maybe_autocast({kind!r}) does nothing: {why}")
         return None
+    if dtype is not None:
+        named = parse_dtype(dtype)
+        if named is None:  # "auto"
+            plan = choose("auto", capabilities)
+            named, enabled = plan.dtype, enabled and plan.autocast
+        dtype = named
     halves = (torch.float16, torch.bfloat16)
     if not enabled:  # torch complains of dtypes it does not like even then
         fine = dtype in halves and capabilities.support(dtype) is not Support.ABSENT
@@ -304,6 +403,12 @@ def _decide(
 # torch.compile traces maybe_autocast; the decision is a constant to it, taken while tracing. This
 # is what torch.compiler.assume_constant_result sets (2.4 to 2.15); calling that imports Dynamo.
 _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+# What torch.jit.script says, after "TorchScript error:", in place of what it does not understand.
+maybe_autocast.__script_unsupported = (  # type: ignore[attr-defined]
+    "maybe_autocast decides on this machine, which a script cannot. Enter it around the call of "
+    "the scripted function, or use torch.jit.trace with cache_enabled=False."
+)
 
 
 def _tell(subject: object, message: str) -> None:

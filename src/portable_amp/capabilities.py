@@ -69,18 +69,32 @@ def probe(device: torch.device | str | None = None) -> Capabilities:
     return _probe(resolve_device(device))
 
 
+class Asleep(Exception):  # noqa: N818 no error: decide later
+    """Asking what the device can do would initialise it, and no process could be forked for it."""
+
+
 @functools.cache
-def look_up(device: str | torch.device) -> tuple[str, Capabilities | None]:
+def look_up(device: str | torch.device, wake: bool = True) -> tuple[str, Capabilities | None]:
     """The device type, and what it can do; None where this machine has none of that type.
 
     Raises:
         DeviceError: torch knows no such device.
+        Asleep: it is not to be woken, and is not initialised yet.
     """
     named = parse_device(device)
     count = backend_for(named.type).count()
     if not count:
         return named.type, None
+    # Not cached, as an exception: it may be awake when it is looked up next.
+    if not wake and torch.amp.is_autocast_available(named.type) and _asleep(named.type):
+        raise Asleep(named.type)
     return named.type, probe(named if (named.index or 0) < count else named.type)
+
+
+def _asleep(device_type: str) -> bool:
+    # Source: torch.cuda and torch.xpu initialise a device to read its properties, 2.4 to 2.15.
+    initialised = getattr(torch.get_device_module(device_type), "is_initialized", lambda: True)
+    return not initialised()
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch.compiler import is_dynamo_compiling  # by name: it is asked in every step
 from torch.nn.parallel import DistributedDataParallel
 
-from portable_amp.autocast import Autocast, NoAutocast, OffAutocast
+from portable_amp.autocast import Autocast, NoAutocast, OffAutocast, Region
 from portable_amp.backends import (
     DEVICE_VARIABLE,
     Backend,
@@ -62,7 +62,7 @@ class DeviceContext:
     capabilities: Capabilities
     plan: PrecisionPlan
     unsupported: str
-    _autocast: Autocast | NoAutocast | None
+    _autocast: Region | None
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class DeviceContext:
         enabled: bool = True,
         dtype: torch.dtype | None = None,
         cache_enabled: bool | None = None,
-    ) -> Autocast | NoAutocast:
+    ) -> Region:
         """The region to compute in: autocast under the plan, or float32 where the plan is fp32.
 
         It may be nested, entered in threads, and used as a decorator. Without arguments it is the
@@ -119,9 +119,9 @@ class DeviceContext:
             return self._region(enabled, dtype, cache_enabled, compiling)
         region = self._autocast
         if region is None:
-            region = self._region(True, None, True)
-            region.takes_cache_as_it_is = True
-            self.__dict__["_autocast"] = region
+            made: Any = self._region(True, None, None)
+            made.inherits_cache = True
+            region = self.__dict__["_autocast"] = made
         return region
 
     def tuned(
@@ -331,7 +331,7 @@ class DeviceContext:
         dtype: torch.dtype | None,
         cache_enabled: bool | None,
         compiling: bool = False,
-    ) -> Autocast | NoAutocast:
+    ) -> Region:
         if not enabled:
             dtype = torch.float32
         elif dtype is None:
@@ -344,7 +344,7 @@ class DeviceContext:
         made: Any = Autocast if on else OffAutocast
         if compiling:
             made = torch.autocast
-        region: Autocast = made(self.device.type, dtype if on else None, on, cache_enabled)
+        region: Region = made(self.device.type, dtype if on else None, on, cache_enabled)
         return region
 
     def _honoured(self, dtype: torch.dtype) -> torch.dtype:

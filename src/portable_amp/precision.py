@@ -124,6 +124,15 @@ def parse_precision(value: Precision) -> str:
     )
 
 
+def parse_dtype(value: Precision) -> torch.dtype | None:
+    """The dtype that `value` names, None for "auto"; any torch dtype is itself.
+
+    Raises:
+        UnsupportedPrecisionError: nobody spells a precision like that.
+    """
+    return value if isinstance(value, torch.dtype) else _DTYPES.get(parse_precision(value))
+
+
 def choose(request: Precision, capabilities: Capabilities) -> PrecisionPlan:
     """The plan for `request` on a device with these capabilities.
 
@@ -218,4 +227,4 @@ def _obstacle(name: str, capabilities: Capabilities) -> str | None:
     return None
 
 
-__all__ = ["Precision", "PrecisionPlan", "choose", "common_plan", "parse_precision"]
+__all__ = ["Precision", "PrecisionPlan", "choose", "common_plan", "parse_dtype", "parse_precision"]

@@ -114,6 +114,20 @@ TRAPS = (
         lambda hw, can: can.float16 is Support.EMULATED,
     ),
     Trap(
+        (),
+        "training inside one torch.autocast region never learns: it goes on with cached weights",
+        "leave the region before the step; maybe_autocast() and ScalerShim drop them after one",
+        "torch.autocast, seen with 2.4 to 2.15",
+    ),
+    Trap(
+        (),
+        "a pass under no_grad or inference_mode inside torch.autocast leaves its weights without "
+        "gradients for the rest of the region",
+        "maybe_autocast(), which caches none while there are gradients; or cache_enabled=False",
+        "pytorch#112583, seen with torch 2.4 to 2.10",
+        lambda hw, can: hw.torch_version < (2, 11),
+    ),
+    Trap(
         ("cpu",),
         "torch.autocast('mps') and torch.autocast('xpu') say enabled on machines without them",
         "maybe_autocast(), which looks for the device",

@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 )
 
 from portable_amp import maybe_autocast
-from portable_amp.autocast import NoAutocast
+from portable_amp.autocast import _CACHE_LOSES_GRADIENTS, NoAutocast
 from portable_amp.testing import machine
 from support import KINDS, playing
 
@@ -191,12 +191,15 @@ class AutocastMachine(RuleBasedStateMachine):
     @rule(target=regions, who=WHO, arguments=ARGUMENTS, spell=SPELLINGS)
     def make(self, who: int, arguments: tuple[Any, ...], spell: Any) -> Region:
         """Made inside regions or outside: what is None is asked for now, not at the entry."""
-        which, *others = arguments
+        which, dtype, enabled, cached = arguments
         kind = self.kinds[which]
         theirs = torch.autocast if which != "absent" else lambda *_: contextlib.nullcontext()
+        # Where torch's cache loses gradients, and there are gradients, ours is off.
+        its_cache = False if cached is None and _CACHE_LOSES_GRADIENTS else cached
         return Region(
             *self.threads[who].both(
-                lambda: maybe_autocast(spell(kind), *others), lambda: theirs(kind, *others)
+                lambda: maybe_autocast(spell(kind), dtype, enabled, cached),
+                lambda: theirs(kind, dtype, enabled, its_cache),
             )
         )
 

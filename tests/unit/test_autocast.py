@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +15,24 @@ from portable_amp import (
     DeviceError,
     PrecisionFallbackWarning,
     UnsupportedPrecisionError,
+    autocast,
     maybe_autocast,
 )
 from portable_amp.autocast import Autocast, NoAutocast
 from portable_amp.backends import torch_version
 from portable_amp.testing import machine
-from support import playing
+from support import asleep, playing
 
 BF16 = torch.bfloat16
 
 
 def product() -> torch.dtype:
     return torch.ones(2, 2).mm(torch.ones(2, 2)).dtype
+
+
+def bf16_context() -> DeviceContext:
+    with playing("cpu-avx512bf16"):
+        return DeviceContext("cpu", precision="bf16")
 
 
 def on(kind: str = "cpu") -> bool:
@@ -285,17 +293,15 @@ def test_a_context_in_fp32_computes_in_fp32_inside_an_enabled_region() -> None:
 
 
 def test_a_context_gives_one_region_that_can_be_nested() -> None:
-    with playing("cpu-avx512bf16"):
-        ctx = DeviceContext("cpu", precision="bf16")
-        assert ctx.autocast() is ctx.autocast()
-        with ctx.autocast(), ctx.autocast():
-            assert product() is BF16
-        assert not on()
+    ctx = bf16_context()
+    assert ctx.autocast() is ctx.autocast()
+    with ctx.autocast(), ctx.autocast():
+        assert product() is BF16
+    assert not on()
 
 
 def test_a_block_of_a_context_stays_in_float32() -> None:
-    with playing("cpu-avx512bf16"):
-        ctx = DeviceContext("cpu", precision="bf16")
+    ctx = bf16_context()
     for float32 in (ctx.autocast(enabled=False), ctx.autocast(dtype=torch.float32)):
         with ctx.autocast():
             with float32, float32:
@@ -332,15 +338,17 @@ def test_a_context_without_autocast_tells_of_a_dtype_too() -> None:
 
 
 def test_a_context_caches_as_is_done_around_it_unless_told() -> None:
-    with playing("cpu-avx512bf16"):
-        ctx = DeviceContext("cpu", precision="bf16")
+    ctx = bf16_context()
     with torch.autocast("cpu", enabled=False, cache_enabled=False):
         with ctx.autocast():  # the first time, which must not be what it stays with
             assert not torch.is_autocast_cache_enabled()
         with ctx.autocast(cache_enabled=True):
             assert torch.is_autocast_cache_enabled()
-    with ctx.autocast():
+    with torch.no_grad(), ctx.autocast():
         assert torch.is_autocast_cache_enabled()
+    with ctx.autocast(cache_enabled=True):
+        with ctx.autocast():
+            assert torch.is_autocast_cache_enabled() is not autocast._CACHE_LOSES_GRADIENTS
         with ctx.autocast(cache_enabled=False):
             assert product() is BF16
             assert not torch.is_autocast_cache_enabled()
@@ -350,8 +358,7 @@ def test_a_context_caches_as_is_done_around_it_unless_told() -> None:
 
 
 def test_a_block_can_be_traced() -> None:
-    with playing("cpu-avx512bf16"):
-        ctx = DeviceContext("cpu", precision="bf16")
+    ctx = bf16_context()
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -370,6 +377,103 @@ def test_a_block_can_be_traced() -> None:
     assert [y.dtype for y in traced(torch.ones(1, 2))] == [BF16, torch.float32]
 
 
+class Learner:
+    """A linear model that learns: by what, and inside which region, is up to the test."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(8, 8)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
+        self.x, self.y = torch.randn(16, 8), torch.randn(16, 8)
+
+    def loss(self) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.model(self.x).float(), self.y)
+
+    def plain(self) -> float:
+        loss = self.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def test_a_loop_inside_one_region_learns(caplog: pytest.LogCaptureFixture) -> None:
+    region = maybe_autocast("cpu", BF16)
+    expected, inside, decorated, nested = (Learner() for _ in range(4))
+
+    def apart() -> float:
+        with region:
+            loss = expected.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        expected.optimizer.step()
+        expected.optimizer.zero_grad()
+        return loss.item()
+
+    losses = [apart() for _ in range(20)]
+    assert losses[-1] < losses[0] / 2
+    assert not caplog.messages
+    with region:
+        assert [inside.plain() for _ in range(20)] == losses
+    assert region(lambda: [decorated.plain() for _ in range(20)])() == losses
+    with region:
+
+        def step() -> float:
+            with region:
+                return nested.plain()
+
+        assert [step() for _ in range(20)] == losses
+    told = [message for message in caplog.messages if "clear_autocast_cache" in message]
+    assert len(told) == (0 if autocast._CACHE_LOSES_GRADIENTS else 1)  # which caches nothing here
+
+
+def test_an_average_that_is_copied_inside_the_region_is_seen() -> None:
+    learner, average = Learner(), Learner()
+    with maybe_autocast("cpu", BF16):
+        seen = []
+        for _ in range(3):
+            learner.plain()
+            with torch.no_grad():
+                for mine, its in zip(
+                    average.model.parameters(), learner.model.parameters(), strict=True
+                ):
+                    mine.copy_(its)
+                seen.append(average.loss().item())
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_pass_without_gradients_leaves_them_to_the_next(without: Any) -> None:
+    for region in (maybe_autocast("cpu", BF16), bf16_context().autocast()):
+        for again in (contextlib.nullcontext(), region):
+            learner = Learner()
+            with region:
+                with without(), again:
+                    learner.loss()
+                learner.loss().backward()  # type: ignore[no-untyped-call]
+            assert all(weight.grad is not None for weight in learner.model.parameters())
+
+
+def test_where_the_cache_loses_gradients_it_is_off_while_there_are_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(autocast, "_CACHE_LOSES_GRADIENTS", True)
+    monkeypatch.setattr(autocast, "_known", {})
+    cached = torch.is_autocast_cache_enabled
+    ctx = bf16_context()
+    for region in (maybe_autocast("cpu", BF16), maybe_autocast("cpu", BF16), ctx.autocast()):
+        with region:
+            assert not cached()
+            with torch.no_grad(), region:
+                assert not cached()
+        with torch.no_grad(), region:
+            assert cached()
+            with torch.enable_grad(), region:
+                assert not cached()
+        assert cached()
+    with maybe_autocast("cpu", BF16, cache_enabled=True):
+        assert cached()
+
+
 def compiled_dtype(function: object) -> torch.dtype:
     torch._dynamo.reset()
     with warnings.catch_warnings():
@@ -383,8 +487,7 @@ def compiled_dtype(function: object) -> torch.dtype:
 def test_inside_a_compiled_graph() -> None:
     outside = maybe_autocast("cpu", BF16)
     absent = maybe_autocast("cuda", enabled=False)
-    with playing("cpu-avx512bf16"):
-        ctx = DeviceContext("cpu", precision="bf16")
+    ctx = bf16_context()
 
     def made_inside(x: torch.Tensor) -> torch.Tensor:
         with maybe_autocast("cpu", BF16):
@@ -451,3 +554,112 @@ def test_a_region_that_was_exported_holds_wherever_the_graph_runs(precision: str
 
 def test_regions_are_their_own_class() -> None:
     assert type(maybe_autocast("cpu", BF16)) is Autocast
+
+
+@pytest.mark.parametrize("spelling", ["bf16", "bfloat16", "BF16-mixed"])
+def test_a_dtype_may_be_spelled_as_a_precision(spelling: str) -> None:
+    for _ in range(2):
+        with maybe_autocast("cpu", spelling):
+            assert product() is BF16
+        with maybe_autocast(dtype=spelling):
+            assert product() is BF16
+    with torch.autocast("cpu", BF16), maybe_autocast("cpu", "fp32"):
+        assert product() is torch.float32
+    with pytest.raises(UnsupportedPrecisionError, match="did you mean 'bf16'"):
+        maybe_autocast("cpu", "bf61")
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast("cpu", "bf16"):
+            return x.mm(x)
+
+    assert compiled_dtype(inside) is BF16
+
+
+def test_auto_is_the_automatic_plan_of_the_device_that_is_named() -> None:
+    with playing("a100"):
+        with maybe_autocast("cuda", "auto"):
+            assert torch.get_autocast_dtype("cuda") is BF16
+        with maybe_autocast("cpu", "auto"):
+            assert product() is torch.float32
+
+
+def test_a_script_is_told_in_words() -> None:
+    def scripted(x: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast("cpu", torch.bfloat16):
+            return x.mm(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        with pytest.raises(RuntimeError, match="decides on this machine, which a script cannot"):
+            torch.jit.script(scripted)
+
+
+@pytest.mark.parametrize("key", ["a100", "t4", "cpu-avx512bf16"])
+def test_disabled_turns_nothing_on(key: str) -> None:
+    with playing(key) as hardware, maybe_autocast(enabled=False):
+        assert not on(hardware.device_type)
+
+
+def test_what_is_remembered_is_what_was_asked_for() -> None:
+    """Twice each, for the second comes from the memo."""
+    with playing("a100"):
+        for _ in range(2):
+            for kind, dtype in [("cuda", BF16), ("cuda", torch.float16), ("cpu", BF16)]:
+                for enabled, cache in [(True, True), (True, False), (False, True), (False, False)]:
+                    with maybe_autocast(kind, dtype, enabled, cache) as region:
+                        assert (on("cuda"), on("cpu")) == (
+                            kind == "cuda" and enabled,
+                            kind == "cpu" and enabled,
+                        )
+                        assert torch.get_autocast_dtype(kind) is dtype
+                        assert torch.is_autocast_cache_enabled() is cache
+                    again = maybe_autocast(kind, dtype, enabled, cache)
+                    assert again is not region
+        for cache in (True, False, True):
+            with (
+                torch.autocast("cpu", enabled=False, cache_enabled=cache),
+                torch.no_grad(),
+                maybe_autocast("cuda", BF16),
+            ):
+                assert torch.is_autocast_cache_enabled() is cache
+    with playing("gtx1660"), pytest.warns(PrecisionFallbackWarning, match="NaN"):
+        maybe_autocast("cuda", torch.float16)  # another device than the one remembered
+
+
+@pytest.mark.parametrize(
+    ("key", "arguments", "dtype"),
+    [
+        ("t4", ("cuda",), torch.float16),
+        ("t4", (), torch.float16),
+        ("a100", ("cuda:0", BF16), BF16),
+        ("a100", ("cuda", "bf16"), BF16),
+        ("a100", (), BF16),
+        ("a100", ("cuda", None, False), None),
+        ("gtx1660", ("cuda",), None),
+    ],
+)
+def test_cuda_is_left_alone_until_a_region_is_entered(
+    key: str, arguments: tuple[Any, ...], dtype: torch.dtype | None
+) -> None:
+    with asleep(key) as awake:
+        region = maybe_autocast(*arguments)
+        decorated = region(lambda: on("cuda"))
+        assert not awake
+        told = pytest.warns(PrecisionFallbackWarning, match="NaN")
+        with told if key == "gtx1660" else contextlib.nullcontext():
+            assert decorated() is (dtype is not None)
+        assert awake
+        for entered in (region, maybe_autocast(*arguments)):
+            with entered, entered:
+                assert on("cuda") is (dtype is not None)
+                assert dtype in (None, torch.get_autocast_dtype("cuda"))
+            assert not on("cuda")
+
+
+def test_a_region_made_asleep_takes_the_dtype_of_the_one_around() -> None:
+    with asleep("a100"), torch.autocast("cuda", torch.float16):
+        torch.set_autocast_dtype("cuda", BF16)
+        region = maybe_autocast("cuda")
+    torch.set_autocast_dtype("cuda", torch.float16)
+    with playing("a100"), region:
+        assert torch.get_autocast_dtype("cuda") is BF16
