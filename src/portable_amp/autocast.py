@@ -26,7 +26,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from portable_amp.backends import resolve_device, torch_version
-from portable_amp.capabilities import Asleep, Support, look_up
+from portable_amp.capabilities import Asleep, Support, look_up, look_up_awake
 from portable_amp.errors import PrecisionFallbackWarning
 from portable_amp.notices import tell_once
 from portable_amp.precision import Precision, choose, parse_dtype
@@ -37,6 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # no_grad or inference_mode is cached without its gradient, for what is trained there later, too.
 _CACHE_LOSES_GRADIENTS = torch_version() < (2, 11)
 
+_FP16, _Dtype = torch.float16, torch.dtype
 _modes = torch._C._is_torch_function_mode_enabled
 _Region = tuple["Autocast", "str | None", bool, Any, bool, "torch.autocast | None"]
 """One entry: who entered, and what to restore: device, whether on, dtype, whether cached.
@@ -52,11 +53,11 @@ class _Entered(threading.local):
 
     def __init__(self) -> None:
         self.regions: list[_Region] = []
-        self.trained_in_fp16 = False
-        """A region in fp16 was entered to compute gradients, and no scaler has stepped since."""
+        self.fp16 = False
+        """The latest region was one in fp16, with gradients, and no scaler has stepped since."""
 
 
-_entered = _Entered()
+entered = _Entered()
 
 
 class Region(Protocol):
@@ -106,8 +107,7 @@ class Autocast(torch.autocast):
             and not (_CACHE_LOSES_GRADIENTS and is_grad_enabled())
         ):
             caches = cached
-        if fast_dtype is torch.float16 and self._enabled and is_grad_enabled():
-            _entered.trained_in_fp16 = True
+        entered.fp16 = fast_dtype is _FP16 and self._enabled and is_grad_enabled()
         live = None
         if _modes():
             live = torch.autocast.__new__(torch.autocast)
@@ -122,14 +122,14 @@ class Autocast(torch.autocast):
             autocast_increment_nesting()
             if cached is not caches:
                 set_autocast_cache_enabled(caches)
-        _entered.regions.append((self, device, on, dtype, cached, live))
+        entered.regions.append((self, device, on, dtype, cached, live))
         return self
 
     def __exit__(self, *exc: Any) -> Literal[False]:
         if is_dynamo_compiling():
             super().__exit__(*exc)
             return False
-        regions = _entered.regions
+        regions = entered.regions
         if regions and regions[-1][0] is self:
             _, device, on, dtype, cached, live = regions.pop()
         else:
@@ -196,12 +196,13 @@ class OffAutocast(Autocast):
         # torch.export is to know of the region, whatever its graph will be called in.
         if is_autocast_enabled(self.device) or is_compiling():
             return super().__enter__()
-        _entered.regions.append(self._idle)
+        entered.fp16 = False
+        entered.regions.append(self._idle)
         return self
 
     def __exit__(self, *exc: Any) -> Literal[False]:
         if not is_dynamo_compiling():
-            regions = _entered.regions
+            regions = entered.regions
             if regions and regions[-1] is self._idle:
                 del regions[-1]
                 return False
@@ -279,20 +280,14 @@ def _watch_optimizers() -> None:
 
 def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     clear_autocast_cache()
-    regions = _entered.regions
-    if regions and is_autocast_cache_enabled() and any(entered[0]._enabled for entered in regions):
+    regions = entered.regions
+    if regions and is_autocast_cache_enabled() and any(region[0]._enabled for region in regions):
         tell_once(
             ("autocast", "step inside"),
             "an optimizer stepped inside an autocast region: the low-precision copies of its "
             "weights were dropped. Weights that change there in another way (copied, swapped, "
             "loaded) need torch.clear_autocast_cache(); better leave the region before.",
         )
-
-
-def fp16_without_scaling() -> bool:
-    """Whether a region of this thread computed gradients in fp16 since this was asked last."""
-    trained, _entered.trained_in_fp16 = _entered.trained_in_fp16, False
-    return trained
 
 
 def maybe_autocast(
@@ -328,11 +323,11 @@ def maybe_autocast(
         if decided is None:
             return NoAutocast()
         return torch.autocast(*decided, cache_enabled)
-    if device_type is not None and dtype is not None and dtype.__class__ is not torch.dtype:
+    if device_type is not None and dtype is not None and type(dtype) is not _Dtype:
         dtype = parse_dtype(dtype) or "auto"
     where = resolve_device() if device_type is None else device_type
     try:
-        kind, capabilities = look_up(where, False)
+        kind, capabilities = look_up_awake(where)
     except Asleep as asleep:
         kind = asleep.args[0]
         if device_type is not None and dtype is None:

@@ -74,21 +74,31 @@ class Asleep(Exception):  # noqa: N818 no error: decide later
 
 
 @functools.cache
-def look_up(device: str | torch.device, wake: bool = True) -> tuple[str, Capabilities | None]:
+def look_up(device: str | torch.device) -> tuple[str, Capabilities | None]:
     """The device type, and what it can do; None where this machine has none of that type.
 
     Raises:
         DeviceError: torch knows no such device.
-        Asleep: it is not to be woken, and is not initialised yet.
     """
     named = parse_device(device)
     count = backend_for(named.type).count()
     if not count:
         return named.type, None
-    # Not cached, as an exception: it may be awake when it is looked up next.
-    if not wake and torch.amp.is_autocast_available(named.type) and _asleep(named.type):
-        raise Asleep(named.type)
     return named.type, probe(named if (named.index or 0) < count else named.type)
+
+
+@functools.cache
+def look_up_awake(device: str | torch.device) -> tuple[str, Capabilities | None]:
+    """The same, of a device that is initialised already.
+
+    Raises:
+        DeviceError: torch knows no such device.
+        Asleep: it is not. That is not cached, and another answer when it is asked for next.
+    """
+    kind = parse_device(device).type
+    if torch.amp.is_autocast_available(kind) and backend_for(kind).count() and _asleep(kind):
+        raise Asleep(kind)
+    return look_up(device)
 
 
 def _asleep(device_type: str) -> bool:
@@ -106,6 +116,7 @@ def forget() -> None:
     """Read everything anew when it is asked for next, for tests."""
     _probe.cache_clear()
     look_up.cache_clear()
+    look_up_awake.cache_clear()
     # torch, too, remembers the modules that vendors register.
     getattr(torch.get_device_module, "cache_clear", lambda: None)()
 

@@ -6,6 +6,7 @@ __all__ = [
     "CheckpointError",
     "DeviceError",
     "DistributedError",
+    "GradientWarning",
     "MachineError",
     "PortableAmpError",
     "PortableAmpWarning",
@@ -52,6 +53,10 @@ class PortableAmpWarning(UserWarning):
 
 class PrecisionFallbackWarning(PortableAmpWarning):
     """A precision that was asked for is replaced by a safe one."""
+
+
+class GradientWarning(PortableAmpWarning):
+    """Gradients are infinite or NaN, or are computed in fp16 without loss scaling."""
 
 
 class ScaleCollapseWarning(PortableAmpWarning):

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from torch import clear_autocast_cache  # by name: it is called in every step
 from torch.amp.grad_scaler import OptState
 
-from portable_amp.backends import resolve_device
-from portable_amp.capabilities import Capabilities, Support, look_up
-from portable_amp.errors import PrecisionFallbackWarning, ScaleCollapseWarning, StateWarning
+from portable_amp.autocast import entered
+from portable_amp.backends import backend_for, resolve_device
+from portable_amp.capabilities import Asleep, Capabilities, Support, look_up, look_up_awake
+from portable_amp.errors import (
+    GradientWarning,
+    PrecisionFallbackWarning,
+    ScaleCollapseWarning,
+    StateWarning,
+)
+from portable_amp.nested import map_tensors
 from portable_amp.notices import tell, tell_once
 from portable_amp.precision import choose
 
 # fp16's smallest normal number. A scale below it protects no gradient any more, and halving on and
-# on ends at exactly 0.0, which turns every later gradient into NaN.
+# on ends at exactly 0.0, which turns every later gradient into NaN: it is not halved below.
 _COLLAPSED = 2.0**-14
 # Looking at the scale waits for the device: done only after this many skipped steps on end.
 _LOOK_EVERY = 16
@@ -24,7 +36,7 @@ _LOOK_EVERY = 16
 class StepResult:
     """What one `step` did; whatever is still on the device is fetched when it is first read."""
 
-    __slots__ = ("_found_inf", "_grad_norm", "_on_known", "_scale", "_stepped")
+    __slots__ = ("_found_inf", "_grad_norm", "_on_known", "_scale", "_stepped", "_unguarded")
 
     def __init__(
         self,
@@ -40,6 +52,8 @@ class StepResult:
         self._grad_norm = grad_norm
         self._found_inf = found_inf
         self._on_known = on_known
+        self._unguarded = False
+        """The norm was not looked at before the step."""
 
     @property
     def stepped(self) -> bool:
@@ -68,6 +82,14 @@ class StepResult:
         """The total norm before clipping, inf or NaN where gradients were; None if not clipped."""
         if isinstance(self._grad_norm, torch.Tensor):
             self._grad_norm = float(self._grad_norm.item())
+            if self._unguarded and not math.isfinite(self._grad_norm):
+                tell_once(
+                    ("scaler", "unguarded"),
+                    f"a step was taken with a gradient norm of {self._grad_norm}: the weights are "
+                    "lost. backward_step(skip_nonfinite=True) skips such steps, and waits for the "
+                    "device to do so.",
+                    GradientWarning,
+                )
         return self._grad_norm
 
     def __repr__(self) -> str:
@@ -107,19 +129,13 @@ class ScalerShim(torch.amp.GradScaler):
         growth_interval: int = 2000,
         enabled: bool | None = None,
     ) -> None:
-        kind, capabilities = look_up(resolve_device() if device is None else device)
-        if enabled is None:
-            enabled = capabilities is not None and _fp16_is_next(
-                capabilities, named=device is not None
-            )
-        if enabled and (capabilities is None or not capabilities.grad_scaler):
-            enabled = False
-            what = "has no gradient scaler for it" if capabilities else "finds no such device"
-            tell_once(
-                ("scaler", kind),
-                f"ScalerShim({kind!r}) is disabled: torch {torch.__version__} {what}.",
-                PrecisionFallbackWarning,
-            )
+        self._asked = device, enabled
+        decided = False
+        try:
+            kind, _ = look_up_awake(resolve_device() if device is None else device)
+            decided, enabled = True, self._decide()
+        except Asleep as asleep:
+            kind, enabled = asleep.args[0], enabled is not False
         super().__init__(
             kind,
             init_scale=init_scale,
@@ -133,13 +149,48 @@ class ScalerShim(torch.amp.GradScaler):
         self._growth_factor = growth_factor
         self._backoff_factor = backoff_factor
         self._growth_interval = growth_interval
-        self._has_float64 = capabilities is not None and capabilities.float64 is True
+        self._floor = min(_COLLAPSED, self._init_scale)
         self._carried: dict[str, Any] = {}
         self._skipped_on_end = 0
         self._told_collapse = False
+        self._may_fall = False
+        """Gradients since the latest update were not finite, as far as is known."""
         self._stepped: bool | None = None
         self._last_step: StepResult | Literal[True] | None = None
         """True for a step without scaling: its result is made for whoever asks."""
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        """Those that `backward_step` was given."""
+        self._update_is_due = False
+        """`backward_step` leaves it to the next iteration: there may be another optimizer."""
+        self._scaled_by_hand = False
+        """Since the last `backward_step`."""
+        if not decided:
+            del self._enabled
+
+    def __getattr__(self, name: str) -> Any:
+        """Whether it is on, decided when somebody asks: at first that would initialise CUDA."""
+        if name not in ("_enabled", "_has_float64"):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        self._enabled = self._decide()
+        return self.__dict__[name]
+
+    def _decide(self) -> bool:
+        device, enabled = self._asked
+        kind, capabilities = look_up(resolve_device() if device is None else device)
+        self._has_float64 = capabilities is not None and capabilities.float64 is True
+        if enabled is None:
+            enabled = capabilities is not None and _fp16_is_next(
+                capabilities, named=device is not None
+            )
+        if enabled and (capabilities is None or not capabilities.grad_scaler):
+            enabled = False
+            what = "has no gradient scaler for it" if capabilities else "finds no such device"
+            tell_once(
+                ("scaler", kind),
+                f"ScalerShim({kind!r}) is disabled: torch {torch.__version__} {what}.",
+                PrecisionFallbackWarning,
+            )
+        return enabled
 
     @property
     def last_step(self) -> StepResult | None:
@@ -148,50 +199,164 @@ class ScalerShim(torch.amp.GradScaler):
             self._last_step = StepResult(True)
         return self._last_step
 
+    def scale(self, outputs: Any) -> Any:
+        """As in torch, and of losses in a dict or a named tuple; None stays None."""
+        self._scaled_by_hand = True
+        if not self._enabled or outputs is None:
+            return outputs
+        if self._update_is_due:
+            self.update()
+        is_tensor = isinstance(outputs, torch.Tensor)
+        if not is_tensor and (isinstance(outputs, Mapping) or hasattr(outputs, "_fields")):
+            return map_tensors(super().scale, outputs)
+        return super().scale(outputs)
+
     def backward_step(
         self,
         loss: torch.Tensor,
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float | None = None,
+        skip_nonfinite: bool | None = None,
     ) -> StepResult:
-        """Backward, unscale, clip, step, update, and clear the gradients: one optimizer step.
+        """Backward, unscale, clip, step, and clear the gradients: one optimizer step.
+
+        The gradients of other optimizers that were given to it stay as they are, though the loss
+        may depend on their parameters, too. The scale is updated once all have stepped: before the
+        first loss of the next iteration, or when somebody looks at it.
 
         Args:
             loss: scalar, any float dtype, on the model's device.
             optimizer: the one optimizer of this loss.
             max_norm: clip the total gradient norm to this; None: no clipping.
+            skip_nonfinite: with scaling off, skip the step where the norm is infinite or NaN. It
+                computes the norm if need be, and reading it waits for the device, unless the
+                optimizer is a fused one. None: where there is a norm, and that costs no wait.
 
         Returns:
             Whether it stepped, with which scale, and the norm before clipping.
+
+        Raises:
+            TypeError: the optimizer's step needs a closure.
+            RuntimeError: the parameters hold gradients that may be of another optimizer's loss.
 
         >>> weight = torch.ones(2, requires_grad=True)
         >>> scaler = ScalerShim("cpu")
         >>> scaler.backward_step((3 * weight).sum(), torch.optim.SGD([weight], lr=0.1), max_norm=9)
         StepResult(stepped=True, scale=1, grad_norm=4.242640495300293)
         """
-        scaled: torch.Tensor = self.scale(loss)
-        scaled.backward()
+        kind: Any = type(optimizer)
+        if _needs_closure(kind):
+            raise TypeError(
+                f"backward_step has no closure for {kind.__name__}, whose step computes "
+                "the loss itself: call optimizer.step(closure), with scaling off"
+            )
+        if self._enabled:
+            self._begin(optimizer)
+        others = self._gradients_of_others(optimizer)
+        for parameter, _ in others:
+            parameter.grad = None
+        try:
+            scaled: torch.Tensor = super().scale(loss)
+            scaled.backward()
+        finally:
+            for parameter, gradient in others:
+                parameter.grad = gradient
         norm: torch.Tensor | None = None
+        if skip_nonfinite and max_norm is None:
+            max_norm = math.inf
         if max_norm is not None:
             self.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
-        self.step(optimizer)
-        self.update()
+        if self._enabled:
+            self.step(optimizer)
+            self._update_is_due = True
+        elif norm is None or skip_nonfinite is False:
+            self.step(optimizer)
+        else:
+            self._step_if_finite(optimizer, norm, skip_nonfinite)
         optimizer.zero_grad(set_to_none=True)
+        self._scaled_by_hand = False
         result = self.last_step
         assert result is not None
         result._grad_norm = norm
         return result
 
+    def _gradients_of_others(
+        self, optimizer: torch.optim.Optimizer
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The parameters and gradients of the other optimizers."""
+        known = optimizer in self._optimizers
+        self._optimizers.add(optimizer)
+        if len(self._optimizers) == 1:
+            return []
+        mine = _parameters(optimizer)
+        if not known and not self._scaled_by_hand and _have_gradients(mine):
+            self._optimizers.remove(optimizer)
+            raise RuntimeError(
+                f"the parameters of this {type(optimizer).__name__} hold gradients already, "
+                "perhaps of a loss that was given to backward_step with another optimizer: call "
+                "optimizer.zero_grad() before the backward pass. To accumulate, call "
+                "scaler.scale(loss).backward()."
+            )
+        ids = set(map(id, mine))
+        return [
+            (parameter, parameter.grad)
+            for other in self._optimizers
+            for parameter in _parameters(other)
+            if id(parameter) not in ids
+        ]
+
+    def _step_if_finite(
+        self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, skip: bool | None
+    ) -> None:
+        """Without scaling, a step that is skipped where the norm is infinite or NaN."""
+        waits = backend_for(norm.device.type).synchronize is not None
+        if waits and _skips_by_itself(optimizer):
+            found = (~norm.isfinite()).float()
+            optimizer.grad_scale, optimizer.found_inf = None, found  # type: ignore[attr-defined]
+            try:
+                self.step(optimizer)
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+            self._last_step = StepResult(None, found_inf=found, on_known=_tell_skipped)
+        elif waits and not skip:
+            self.step(optimizer)
+            self._last_step = StepResult(True)
+            self._last_step._unguarded = True
+        elif math.isfinite(norm.item()):
+            self.step(optimizer)
+        else:
+            self._last_step = StepResult(False)
+            _tell_skipped(False)
+
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """As in torch: `optimizer.step(*args, **kwargs)` unless gradients are infinite or NaN."""
+        """As in torch: `optimizer.step(*args, **kwargs)` unless gradients are infinite or NaN.
+
+        Raises:
+            RuntimeError: it is given a closure, whose gradients would be scaled; or there are
+                gradients, and no loss was scaled.
+        """
         if not self._enabled:
             returned = optimizer.step(*args, **kwargs)
+            clear_autocast_cache()  # a region around this has the weights as they were
             self._last_step = True
+            if entered.fp16:
+                _tell_unscaled()
             return returned
+        if "closure" in kwargs and kwargs["closure"] is None:
+            del kwargs["closure"]
+        if "closure" in kwargs or (args and callable(args[0])):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} is given a closure, and would step with the scaled "
+                "gradients that it leaves: compute the loss and its gradients before the step. An "
+                "optimizer that needs a closure needs scaling off: precision='bf16' or 'fp32'."
+            )
+        self._begin(optimizer)
         self._stepped = None
         returned = super().step(optimizer, *args, **kwargs)
+        clear_autocast_cache()
+        entered.fp16 = False
         found: torch.Tensor | None = None
         if self._stepped is None:
             # A fused optimizer. update() adds the infs of several optimizers into these very
@@ -199,7 +364,7 @@ class ScalerShim(torch.amp.GradScaler):
             infs = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
             if infs:
                 found = torch.stack([inf.to(self._on_device().device) for inf in infs]).sum()
-            else:  # it had no gradients, or takes `grad_scaler=` and unscales them itself
+            else:  # it takes `grad_scaler=`, and unscales its gradients itself
                 self._stepped = True
         self._last_step = StepResult(
             self._stepped, self._on_device().clone(), found_inf=found, on_known=self._note
@@ -221,12 +386,17 @@ class ScalerShim(torch.amp.GradScaler):
         infs = optimizer_state["found_inf_per_device"].values()
         self._stepped = not sum(inf.item() for inf in infs)
         returned = optimizer.step(*args, **kwargs) if self._stepped else None
+        if self._stepped and len(self._per_optimizer_states) == 1:
+            self._may_fall = False
         self._note(self._stepped)
         return returned
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """As in torch, and on devices without float64 too."""
-        if not self._enabled or self._has_float64:
+        if not self._enabled:
+            return
+        self._begin(optimizer)
+        if self._has_float64:
             super().unscale_(optimizer)
             return
         scale, _ = self._check_scale_growth_tracker("unscale_")
@@ -244,17 +414,69 @@ class ScalerShim(torch.amp.GradScaler):
         )
         state["stage"] = OptState.UNSCALED
 
+    def _unscale_grads_(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inv_scale: torch.Tensor,
+        found_inf: torch.Tensor,
+        allow_fp16: bool,
+    ) -> dict[torch.device, torch.Tensor]:
+        """As in torch, and of complex gradients too; without any, none is infinite.
+
+        Private to torch, the same from 2.4 to 2.15.
+        """
+        self._may_fall = True
+        parameters = _parameters(optimizer)
+        if any(parameter.is_complex() for parameter in parameters):
+            optimizer = _Real(parameters)  # type: ignore[assignment]
+        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        return found or {found_inf.device: found_inf}
+
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
-        """As in torch; a whole number is taken as a scale too."""
+        """As in torch; a whole number is taken as a scale too, and without a step nothing changes.
+
+        It never halves the scale below 2**-14, or the initial one if that is smaller.
+        """
         if not self._enabled:
             return
+        self._update_is_due = False
         if isinstance(new_scale, int):
             new_scale = float(new_scale)
+        states = self._per_optimizer_states.values()
+        if new_scale is None and not any(state["found_inf_per_device"] for state in states):
+            self._per_optimizer_states.clear()
+            return
+        self._make_scale()
         super().update(new_scale)
+        if new_scale is None and self._may_fall:
+            self._on_device().clamp_(min=self._floor)
+        self._may_fall = False
+
+    def get_scale(self) -> float:
+        """As in torch: it waits for the device."""
+        if self._update_is_due:
+            self.update()
+        return super().get_scale()
+
+    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """See to what torch wants to have been done before this optimizer's step."""
+        stage = self._update_is_due and self._per_optimizer_states[id(optimizer)]["stage"]
+        if stage is OptState.STEPPED:
+            self.update()
+        if self._scale is None and not _have_gradients(_parameters(optimizer)):
+            self._make_scale()
+
+    def _make_scale(self) -> None:
+        if self._scale is None:
+            self._lazy_init_scale_growth_tracker(torch.device(self._device))
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; while disabled, the state that was loaded, so that it crosses machines."""
-        return super().state_dict() if self._enabled else dict(self._carried)
+        if not self._enabled:
+            return dict(self._carried)
+        if self._update_is_due:
+            self.update()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up saved state; while disabled, keep it for `state_dict`. An empty one starts fresh.
@@ -277,14 +499,23 @@ class ScalerShim(torch.amp.GradScaler):
         if missing:
             raise ValueError(f"not the state of a gradient scaler: {sorted(missing)} missing")
         if self._enabled:
+            if self._update_is_due:
+                self.update()
             super().load_state_dict(state)
         else:
             self._carried = state
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._enabled and self._update_is_due:
+            self.update()
         state = super().__getstate__()
         state["_last_step"] = None  # it may hold tensors of the device
+        del state["_optimizers"]
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._optimizers = weakref.WeakSet()
 
     def _on_device(self) -> torch.Tensor:
         return self._check_scale_growth_tracker("step")[0]
@@ -296,8 +527,8 @@ class ScalerShim(torch.amp.GradScaler):
             self._told_collapse = False
         if self._told_collapse or not self._skipped_on_end or self._skipped_on_end % _LOOK_EVERY:
             return
-        scale = self.get_scale()
-        if scale < _COLLAPSED:
+        scale = self._on_device().item()
+        if scale <= self._floor:
             self._told_collapse = True
             tell(
                 f"the loss scale has fallen to {scale:g} after {self._skipped_on_end} skipped "
@@ -321,5 +552,63 @@ def _fp16_is_next(capabilities: Capabilities, *, named: bool) -> bool:
     )
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _have_gradients(parameters: list[torch.Tensor]) -> bool:
+    return any(parameter.grad is not None for parameter in parameters)
+
+
+class _Real:
+    """Stands in for an optimizer: the same gradients, complex numbers as pairs of real ones."""
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self.param_groups = [{"params": list(map(self._real, parameters))}]
+
+    @staticmethod
+    def _real(parameter: torch.Tensor) -> torch.Tensor:
+        gradient = parameter.grad
+        if gradient is None or not gradient.is_complex():
+            return parameter
+        if gradient.is_conj():
+            parameter.grad = gradient = gradient.resolve_conj()
+        real = torch.view_as_real(gradient._values() if gradient.is_sparse else gradient)
+        stand_in = real.detach()
+        stand_in.grad = real
+        return stand_in
+
+
+@functools.cache
+def _needs_closure(kind: Any) -> bool:
+    """As LBFGS does, which computes the loss several times in a step."""
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
+
+
+def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """It is a fused one, and looks at `found_inf` on the device."""
+    return (
+        getattr(optimizer, "_step_supports_amp_scaling", False)
+        and "grad_scaler" not in inspect.signature(optimizer.step).parameters
+    )
+
+
+def _tell_skipped(stepped: bool) -> None:
+    if not stepped:
+        tell_once(
+            ("scaler", "skipped"),
+            "a gradient norm is infinite or NaN: that step was skipped, and so will be any other. "
+            "StepResult.stepped tells each time.",
+            GradientWarning,
+        )
+
+
+def _tell_unscaled() -> None:
+    entered.fp16 = False
+    tell_once(
+        ("scaler", "unscaled"),
+        "a step follows an autocast region in fp16, and this scaler is off: gradients below 6e-8 "
+        "become zero. Make it of the context that computes, after tuned(): ctx.scaler().",
+        GradientWarning,
+    )

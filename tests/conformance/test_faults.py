@@ -193,7 +193,7 @@ def attribute(owner: Any, name: str, value: Any) -> Patch:
 
 
 def _leaky_exit(self: Any, *exc: Any) -> bool:
-    autocast._entered.regions.pop()
+    autocast.entered.regions.pop()
     return False
 
 
@@ -220,7 +220,7 @@ def _float64_anywhere(patch: pytest.MonkeyPatch) -> None:
 
 
 _FORGETFUL = attribute(
-    context.DeviceContext, "_region", lambda ctx, on, off: on(ctx.device.type, None, True)
+    context.DeviceContext, "_region", lambda ctx, *_: autocast.Autocast(ctx.device.type, None, True)
 )
 
 # fault: the machine that shows it, how it is put in, what is then said
@@ -241,7 +241,7 @@ FAULTS: dict[str, tuple[str, Patch, str]] = {
     "no scaler for fp16": (
         "t4",
         attribute(precision.PrecisionPlan, "scaler", property(lambda plan: False)),
-        "a scaler is for fp16",
+        "this scaler is off",
     ),
     "autocast without the plan's dtype": ("a100", _FORGETFUL, "computes in another dtype"),
     "autocast that is never off": ("m2-macos15", _FORGETFUL, "computes in another dtype"),
@@ -317,7 +317,7 @@ def test_each_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(Exception) as caught:
             examine(key)
     finally:  # some faults leave autocast on
-        autocast._entered.regions.clear()
+        autocast.entered.regions.clear()
         for kind, dtype in dtypes.items():
             torch.set_autocast_enabled(kind, False)
             torch.set_autocast_dtype(kind, dtype)
