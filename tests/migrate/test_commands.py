@@ -106,7 +106,8 @@ def test_fix_and_its_diff(capsys: Capture) -> None:
     assert main(["fix", "a.py"]) == 0
     fixed = Path("a.py").read_text()
     assert fixed == (
-        "import torch\nfrom portable_amp import DeviceContext\n\nctx = DeviceContext()\n"
+        "import torch\nfrom portable_amp import DeviceContext\n\n"
+        'ctx = DeviceContext(precision="fp32")\n'
         "x = torch.ones(2).to(ctx.device)\n"
     )
     assert Path("a.py").stat().st_mode & 0o777 == 0o751
@@ -130,7 +131,7 @@ def test_all_other_bytes_stay(data: bytes) -> None:
     fixed = Path("a.py").read_bytes()
     assert fixed != data
     end = b"\r\n" if b"\r\n" in data else b"\n"
-    context = end + b"ctx = DeviceContext()" + end
+    context = end + b'ctx = DeviceContext(precision="fp32")' + end
     for new in (b"from portable_amp import DeviceContext" + end, context):
         assert fixed.count(new) == 1
         fixed = fixed.replace(new, b"")
@@ -191,16 +192,16 @@ def test_an_interrupted_write_leaves_the_file(monkeypatch: pytest.MonkeyPatch) -
     [
         (
             "with autocast(False, torch.float16): pass",
-            "with maybe_autocast(ctx.device, enabled=False, dtype=torch.float16): pass",
+            "with ctx.autocast(False): pass",
         ),
         (
             "with autocast( (True), (torch.float16) ): pass",
-            "with maybe_autocast(ctx.device,  enabled=(True), dtype=(torch.float16) ): pass",
+            "with ctx.autocast( (True) ): pass",
         ),
-        ("s = GradScaler(2.0, enabled=a)", "s = ScalerShim(ctx.device, 2.0, enabled=a)"),
+        ("s = GradScaler(2.0, enabled=a)", "s = ctx.scaler(2.0, enabled=a)"),
         (
             "with torch.autocast('cuda', enabled=a): pass",
-            "with maybe_autocast(ctx.device, enabled=a): pass",
+            "with ctx.autocast(enabled=a): pass",
         ),
         ("x = x.cuda(non_blocking=True)", "x = ctx.to(x)"),
         ("x = x.to('cuda', non_blocking=True)", "x = ctx.to(x)"),
@@ -234,6 +235,6 @@ def test_imports_go_into_the_first_cell_that_is_python(tmp_path: Path) -> None:
         "%%time",
         "from portable_amp import DeviceContext",
         "",
-        "ctx = DeviceContext()",
+        'ctx = DeviceContext(precision="fp32")',
         "x = y.to(ctx.device)",
     ]

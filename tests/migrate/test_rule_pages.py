@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import pytest
 
-from portable_amp.migrate import fixer, rules, scan
+from portable_amp.migrate import commands, fixer, output, rules, scan
 
-PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "rules.md").read_text("utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "reference" / "rules.md").read_text("utf-8")
 SECTIONS = dict(re.findall(r"^## (PAM\d+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 
 
@@ -54,3 +55,13 @@ def test_the_example_is_what_fix_makes(code: str) -> None:
     assert (safe == after) is (how == "fix")
     assert (unsafe == after) is (how != "by hand")
     assert (unsafe == before) is (how == "by hand")
+
+
+def test_the_how_to_shows_what_is_found_and_made() -> None:
+    page = (DOCS / "how-to" / "fix-a-cuda-script.md").read_text("utf-8")
+    blocks = re.findall(r"^```(python|text|diff)\n(.*?)^```$", page, re.M | re.S)
+    (_, before), (_, told), (_, diff), (_, after), *_ = blocks
+    found = scan.scan(before, "train.py")
+    assert output.as_text(found) == told
+    assert fixer.apply(before, found) == after
+    assert commands._diff(before, after, "train.py") == diff

@@ -83,6 +83,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 @pytest.mark.usefixtures("elsewhere")
+@pytest.mark.filterwarnings("ignore::portable_amp.PrecisionFallbackWarning")  # as the machine is
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(path: Path) -> None:
     page = path.read_text("utf-8")

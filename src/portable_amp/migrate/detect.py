@@ -11,6 +11,7 @@ from portable_amp.migrate.apis import BY_NAME
 from portable_amp.migrate.findings import Level
 from portable_amp.migrate.guards import OTHERS, Knows, asks, is_device
 from portable_amp.migrate.names import Scope, own
+from portable_amp.migrate.regions import ARGUMENTS, CONTEXTS, DEFAULTS, Place
 from portable_amp.migrate.rules import RULES
 from portable_amp.migrate.source import Source
 
@@ -50,6 +51,8 @@ class Found:
     source: Source
     scope: Scope
     matches: list[Match] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    """What says what is computed in, told of or not."""
     asked: set[str] = field(default_factory=set)
     """Types that isinstance is asked about."""
 
@@ -321,6 +324,7 @@ class _Walk:
             return False
         name = self.scope.resolve(node) or ""
         if self.decorator and name in ("torch.cuda.amp.autocast", "torch.amp.autocast"):
+            self.found.places.append(Place(name, node, self.scope))
             self.match("PAM101" if "cuda" in name else "PAM102", node, name)
         elif re.fullmatch(r"torch\.cuda\.\w+Tensor", name):
             if not self.scope.is_alias(node):  # told where it was made
@@ -350,6 +354,8 @@ class _Walk:
         if name == "functools.partial" and first and self.scope.resolve(first):
             made = ast.copy_location(ast.Call(first, node.args[1:], node.keywords), node)
             return self.on_call(made)
+        if name in (*ARGUMENTS, *DEFAULTS, *CONTEXTS):
+            self.found.places.append(Place(name, node, self.scope))
         if name == "torch.cuda.amp.autocast":
             code = "PAM101"
         elif name == "torch.amp.autocast":
@@ -358,6 +364,7 @@ class _Walk:
             device = first or keywords.get("device") if name == SCALER[1] else None
             off = getattr(keywords.get("enabled"), "value", None) is False
             code = "PAM103" if not off and (device is None or is_device(device)) else ""
+            self.done |= {id(node.func)} if off else set()
         elif name in ("torch.amp.custom_fwd", "torch.amp.custom_bwd"):
             code = "PAM104" if is_device(first or keywords.get("device_type")) else ""
         elif name in ("torch.set_default_tensor_type", "torch.set_default_device"):

@@ -35,5 +35,5 @@ class Finding:
     """What `fix` changes at this place; nothing where only advice is given."""
     imports: tuple[str, ...] = ()
     """Names of portable_amp that the edits use."""
-    context: bool = False
-    """Whether the edits use a DeviceContext, written as `{ctx}` in `Edit.new`."""
+    context: str = ""
+    """The precision of the DeviceContext that the edits use, written as `{ctx}` in `Edit.new`."""

@@ -14,7 +14,7 @@ from portable_amp.migrate.findings import Edit, Finding
 from portable_amp.migrate.names import own
 from portable_amp.migrate.source import Source
 
-MADE = ("DeviceContext()", "portable_amp.DeviceContext()")
+MADE = re.compile(r"(portable_amp\.)?DeviceContext\((precision=[^,()]+)?\)")
 CONTEXTS = ("ctx", "device_ctx", "amp_ctx", "portable_ctx", "portable_amp_ctx")
 
 
@@ -35,9 +35,9 @@ def apply(text: str, findings: Sequence[Finding], *, unsafe: bool = False) -> st
     if not taken:
         return text
     source = Source(text)
-    context = any(one.context for one in taken)
+    precision = next((one.context for one in taken if one.context), "")
     name = _context_of(source.tree)
-    make = context and not name
+    make = precision and not name
     needed = {name for one in taken for name in one.imports} | (
         {"DeviceContext"} if make else set()
     )
@@ -46,7 +46,8 @@ def apply(text: str, findings: Sequence[Finding], *, unsafe: bool = False) -> st
     name = name or next(one for one in CONTEXTS if one not in used)
     for old, new in (("ctx", name), *local.items()):
         edits = [edit._replace(new=edit.new.replace(f"{{{old}}}", new)) for edit in edits]
-    edits += _imports(source, local, f"{name} = {local['DeviceContext']}()" if make else "")
+    made = f'{name} = {local["DeviceContext"]}(precision="{precision}")' if make else ""
+    edits += _imports(source, local, made)
     fixed = put(text, edits)
     fixed = put(fixed, _unused(Source(text), Source(fixed)))
     ast.parse(fixed)
@@ -102,7 +103,7 @@ def _context_of(tree: ast.Module) -> str:
     for one in tree.body:
         target = one.targets[0] if isinstance(one, ast.Assign) else None
         made = ast.unparse(one.value) if isinstance(one, ast.Assign) else ""
-        if isinstance(target, ast.Name) and made in MADE:
+        if isinstance(target, ast.Name) and MADE.fullmatch(made):
             return target.id
     return ""
 

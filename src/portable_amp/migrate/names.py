@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 SCOPES = (*FUNCTIONS, ast.ClassDef)
@@ -124,6 +124,18 @@ class Scope:
         while scope:
             if scope is self or not scope.is_class:
                 found |= {name for name in scope.bound if name.lower() in ("device", "dev")}
+            scope = scope.parent
+        return found
+
+    def made_by(self, calls: Sequence[str]) -> set[str]:
+        """The names in reach that stand for what one of these calls returns, and for that alone."""
+        found: set[str] = set()
+        scope: Scope | None = self
+        while scope:
+            for name in scope.bound:
+                value = self.value(ast.Name(name))
+                if isinstance(value, ast.Call) and scope.resolve(value.func) in calls:
+                    found.add(name)
             scope = scope.parent
         return found
 

@@ -9,6 +9,14 @@ from typing import NamedTuple
 from portable_amp.migrate.detect import Found, Match
 from portable_amp.migrate.findings import Applicability, Edit
 from portable_amp.migrate.guards import is_device
+from portable_amp.migrate.regions import (
+    CONTEXTS,
+    Place,
+    decide,
+    dtype_of,
+    precision_of,
+    rearranged,
+)
 
 
 class Fix(NamedTuple):
@@ -18,6 +26,8 @@ class Fix(NamedTuple):
     edits: tuple[Edit, ...] = ()
     imports: tuple[str, ...] = ()
     context: bool = False
+    reason: str = ""
+    """Why it is no more than that, where the rule itself does not say."""
 
 
 class Rewriter:
@@ -35,6 +45,9 @@ class Rewriter:
         # "cuda:0" is not "cuda" where somebody compares text.
         self.compared = any(_compares_text(one) for one in ast.walk(tree))
         self.asked = found.asked
+        self.computes = decide(found.places)
+        made = {precision_of(one) for one in found.places if one.name in CONTEXTS}
+        self.differ = sorted(made - {self.computes.precision})
 
     def fix(self, match: Match) -> Fix:
         """How to rewrite a match; advice where that takes a person."""
@@ -98,44 +111,58 @@ class Rewriter:
             return False
         return self.source.span(node)[0] != self.source.span(node.func)[0]
 
-    def _call(self, match: Match, name: str, first: str, moved: tuple[str, ...] = ()) -> Fix:
-        """Rename a call, and hand it the device as `first` argument; `moved` get keywords."""
-        node, (device, context, how) = match.node, self._device(match)
-        if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
+    def _context(self, match: Match) -> tuple[str, bool, Applicability]:
+        """An expression for a context, whether it is that of the file, and how safe that is."""
+        device, context, how = self._device(match)
+        reach = match.scope.made_by(CONTEXTS)
+        if len(reach) == 1:
+            (name,) = reach
+            if self._is_set_before(name, match):
+                return name, False, how
+        if context:
+            return "{ctx}", True, how
+        return f'{{DeviceContext}}({device}, precision="{self.computes.precision}")', False, how
+
+    def _amp(self, match: Match, method: str) -> Fix:
+        """Make a call that of a context's method, which knows the device and the dtype."""
+        node = match.node
+        if self.computes.doubt or not isinstance(node, ast.Call):
+            return Fix(reason=self.computes.doubt)
+        given = Place(match.what, node, match.scope).given()
+        if not all(_first_card(given[one]) for one in ("device", "device_type") if one in given):
             return Fix()
-        edits = [Edit(*self.source.span(node.func), f"{{{name}}}")]
-        keywords = {one.arg: one.value for one in node.keywords}
-        given = keywords.get(first) if moved == () else None
-        if moved == () and node.args and is_device(node.args[0]):
-            given = node.args[0]
-        if given is not None:
-            if not _first_card(given):
-                return Fix()
-            edits.append(Edit(*self.source.span(given), device))
-        elif self._is_partial(match):
-            return Fix()
-        else:
-            text = self.source.text
-            at = opening = text.index("(", self.source.span(node.func)[1]) + 1
-            for argument, keyword in zip(node.args, moved, strict=False):
-                at += len(re.match(r"(\s|#.*|\\\n)*", text[at:])[0])  # type: ignore[index]
-                edits.append(Edit(at, at, f"{keyword}="))
-                at = text.find(",", self.source.span(argument)[1]) + 1
-            more = ", " if node.args or node.keywords else ""
-            edits.append(Edit(opening, opening, device + more))
-        return Fix(how, tuple(edits), (name,), context)
+        stays = dtype_of(given.get("dtype"), match.scope) == "fp32"
+        dropped = {"device", "device_type", *([] if stays else ["dtype"])}
+        start, end = self.source.span(node.func)
+        context, shared, how = self._context(match)
+        edits = (
+            Edit(start, end, f"{context}.{method}"),
+            *rearranged(self.source, node, match.what, dropped, end),
+        )
+        imports = ("DeviceContext",) if "{DeviceContext}" in context else ()
+        fix = Fix(how, edits, imports, shared)
+        if self.differ:
+            return fix._replace(
+                how="unsafe",
+                reason=f"Unsafe to fix: {self.computes.precision} is computed here, and a context "
+                f"of this file asks for {self.differ[0] or 'what is known only when it runs'}.",
+            )
+        return fix
 
     def _pam101(self, match: Match) -> Fix:
-        return self._call(
-            match, "maybe_autocast", "device_type", ("enabled", "dtype", "cache_enabled")
-        )
+        return self._amp(match, "autocast")
 
-    def _pam102(self, match: Match) -> Fix:
-        return self._call(match, "maybe_autocast", "device_type")
+    _pam102 = _pam101
 
     def _pam103(self, match: Match) -> Fix:
-        fix = self._call(match, "ScalerShim", "device")
-        # ScalerShim is torch.amp's GradScaler, and not the one of torch.cuda.
+        fix = self._amp(match, "scaler")
+        if fix.edits and self.computes.precision == "bf16":
+            return fix._replace(
+                how="unsafe",
+                reason="Unsafe to fix: bf16 is computed here, for which a context's scaler is off, "
+                "and so takes steps with infinite gradients, too.",
+            )
+        # It is torch.amp's GradScaler, and not the one of torch.cuda.
         asked = fix.edits and "torch.cuda.amp.GradScaler" in self.asked
         return fix._replace(how="unsafe") if asked else fix
 

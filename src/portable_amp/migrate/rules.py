@@ -46,7 +46,7 @@ _TABLE = (
         "torch.cuda.amp.autocast",
         "error",
         "torch.cuda.amp.autocast does nothing off CUDA, and training runs in fp32 without a word: "
-        "use portable_amp.maybe_autocast.",
+        "use autocast() of a portable_amp.DeviceContext.",
         "safe",
         _SILENT_FP32,
     ),
@@ -55,7 +55,7 @@ _TABLE = (
         "torch.autocast for cuda alone",
         "error",
         'torch.autocast("cuda") does nothing off CUDA, and training runs in fp32 without a word: '
-        "use portable_amp.maybe_autocast with the device at hand.",
+        "use autocast() of a portable_amp.DeviceContext.",
         "safe",
         _SILENT_FP32,
     ),
@@ -64,7 +64,7 @@ _TABLE = (
         "GradScaler of cuda",
         "error",
         "This GradScaler is disabled off CUDA, and fp16 gradients there go unscaled: use "
-        "portable_amp.ScalerShim.",
+        "scaler() of a portable_amp.DeviceContext.",
         "safe",
         ("disabled: fp16 unscaled", "disabled: fp16 unscaled", "disabled"),
     ),

@@ -50,12 +50,12 @@ def _findings(text: str, path: str) -> list[Finding]:
                 match.node.end_lineno or match.node.lineno,
                 match.code,
                 match.level,
-                RULES[match.code].message,
+                f"{RULES[match.code].message} {fix.reason}".strip(),
                 RULES[match.code].platforms,
                 fix.how,
                 fix.edits,
                 fix.imports,
-                fix.context,
+                rewriter.computes.precision if fix.context else "",
             )
         )
     return findings
