@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from portable_amp import DeviceContext
+from portable_amp import DeviceContext, PrecisionFallbackWarning, ScalerShim, maybe_autocast
 from portable_amp.migrate import fixer
 from portable_amp.migrate.scan import scan
 from portable_amp.testing import MACHINES, Played, machine, play
@@ -211,6 +211,19 @@ def test_on_cuda_it_computes_what_it_did(key: str) -> None:
                 for flag in (True, False):
                     before, after = (run(one, played, flag=flag) for one in (program.text, text))
                     assert before._replace(told=after.told) == after, f"{key}, {flag}\n{text}"
+
+
+@pytest.mark.parametrize("key", [one.key for one in MACHINES])
+def test_two_drop_ins_of_one_device_agree(key: str) -> None:
+    """As the README says who keeps the lines of a program and swaps two names."""
+    with playing(key) as played, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrecisionFallbackWarning)
+        for kind in (None, played.kind, "cuda", "cpu"):
+            where = kind or played.kind
+            with maybe_autocast(kind):
+                on = torch.is_autocast_enabled(where)
+                fp16 = on and torch.get_autocast_dtype(where) is torch.float16
+            assert ScalerShim(kind).is_enabled() is fp16
 
 
 WRONG = """import torch

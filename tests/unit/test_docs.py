@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ import torch
 import portable_amp
 from cv_classification import __main__ as example
 from cv_classification.config import InputError, load_config
-from portable_amp import cli
+from portable_amp import DeviceContext, ScalerShim, choose, cli
+from portable_amp.autocast import Autocast, NoAutocast, OffAutocast
+from portable_amp.testing import play
 from support import SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +52,11 @@ def blocks(page: str) -> list[Block]:
     return made
 
 
-def run(name: str, page: str) -> int:
-    """Run a page's Python in one namespace; how many blocks it has."""
+def run(name: str, page: str, after: Callable[[dict[str, Any]], None] | None = None) -> int:
+    """Run a page's Python in one namespace; how many blocks it has.
+
+    With `after`, called after each block, it is not this machine that prints.
+    """
     namespace: dict[str, Any] = {"__name__": "page"}
     count = 0
     for block in blocks(page):
@@ -67,6 +72,9 @@ def run(name: str, page: str) -> int:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
+        if after:
+            after(namespace)
+            continue
         assert block.prints in (None, printed.getvalue()), f"{where} prints {printed.getvalue()!r}"
     return count
 
@@ -105,6 +113,94 @@ def test_the_code_of_a_page_runs(path: Path) -> None:
 def test_a_page_that_is_wrong_is_noticed(page: str) -> None:
     with pytest.raises((ZeroDivisionError, NameError, UserWarning, SyntaxError, AssertionError)):
         run("page", page)
+
+
+# Each section of the rules is a program of its own (see tests/migrate), and the other page plays
+# machines itself.
+APART = ("rules.md", "test-other-machines.md")
+MACHINES = ("t4", "a100", "gtx1080", "m2-macos14", "cpu", "cpu-avx512bf16")
+LOOPS = [
+    (path, machine)
+    for path in PAGES
+    for machine in MACHINES
+    if path.name not in APART
+    and any("DeviceContext(" in one.text for one in blocks(path.read_text("utf-8")))
+    and (path.name != "first-loop.md" or machine == "t4")  # it takes ten seconds
+]
+
+
+def run_by_law(name: str, page: str) -> None:
+    """Run a page that has to compute what its context tells, and to scale fp16's gradients alone.
+
+    Tuning, which measures, finds another precision than the context had before.
+    """
+    entered: list[torch.dtype] = []
+
+    def entering(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def wrapped(region: Any) -> Any:
+            on = getattr(region, "_enabled", False)
+            entered.append(region.fast_dtype if on else torch.float32)
+            return enter(region)
+
+        return wrapped
+
+    def step(scaler: ScalerShim, *args: Any, **options: Any) -> Any:
+        if entered:
+            assert scaler.is_enabled() is (torch.float16 in entered), f"{name}: {entered}"
+        entered.clear()
+        return steps(scaler, *args, **options)
+
+    def tuned(ctx: DeviceContext, *args: Any, **options: Any) -> DeviceContext:
+        other = "fp32" if ctx.plan.scaler else "fp16"
+        other = "fp32" if choose(other, ctx.capabilities).fell_back else other
+        return DeviceContext(ctx.device, precision=other)
+
+    def after(namespace: dict[str, Any]) -> None:
+        ctx, scaler = namespace.get("ctx"), namespace.get("scaler")
+        if isinstance(ctx, DeviceContext):
+            assert {*entered} <= {ctx.plan.dtype, torch.float32}, f"{name}: {ctx} {entered}"
+            if isinstance(scaler, ScalerShim):
+                assert scaler.is_enabled() is ctx.plan.scaler, f"{name}: {ctx}"
+
+    steps = ScalerShim.step
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (Autocast, OffAutocast, NoAutocast):
+            patch.setattr(kind, "__enter__", entering(kind.__enter__))
+        patch.setattr(ScalerShim, "step", step)
+        patch.setattr(DeviceContext, "tuned", tuned)
+        run(name, page, after)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.filterwarnings("ignore::portable_amp.PrecisionFallbackWarning")
+@pytest.mark.parametrize(("path", "machine"), LOOPS, ids=lambda one: getattr(one, "name", one))
+def test_a_page_computes_what_it_tells(path: Path, machine: str) -> None:
+    with play(machine):
+        run_by_law(path.name, path.read_text("utf-8"))
+
+
+CONTEXT = """```python
+import torch
+from portable_amp import DeviceContext, ScalerShim, maybe_autocast
+ctx, model = DeviceContext(), torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("machine", "page"),
+    [
+        ("a100", "scaler = ctx.scaler()\nctx = ctx.tuned(model, torch.ones(2, 2))"),
+        ("cpu", "with maybe_autocast(ctx.device): pass"),
+        ("gtx1080", "with maybe_autocast(ctx.device): pass"),
+        ("m2-macos14", "scaler = ScalerShim(ctx.device)"),
+        ("m2-macos14", "with ctx.autocast(): pass\nScalerShim('mps').step(optimizer)"),
+        ("t4", "with ctx.autocast(): pass\nScalerShim(enabled=False).step(optimizer)"),
+    ],
+)
+def test_the_law_can_fail(machine: str, page: str) -> None:
+    with play(machine), pytest.raises(AssertionError, match=r"page: "):
+        run_by_law("page", CONTEXT + page + "\n```")
 
 
 def exit_code(line: str) -> int | None:
