@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from portable_amp.cli import main
-from portable_amp.migrate import fixer
+from portable_amp.migrate import fixer, output
+from portable_amp.migrate.findings import Finding
 from portable_amp.migrate.scan import scan
 
 BAD = "import torch\nx = torch.ones(2).cuda()\n"
@@ -220,6 +221,50 @@ def test_what_fix_writes(before: str, after: str) -> None:
     fixed = fixer.apply(text, scan(text))
     assert fixed.endswith("\n" + after + "\n")
     assert fixer.apply(fixed, scan(fixed)) == fixed
+
+
+def test_what_github_would_take_for_its_own_is_escaped() -> None:
+    path, message = "50%,a:b\r\n.py", "100% of\r\nit: %0A, all"
+    one = Finding(path, 3, 5, 4, "PAM201", "info", message, {}, "advice")
+    assert output.as_github([one]) == (
+        "::notice file=50%25%2Ca%3Ab%0D%0A.py,line=3,endLine=4,col=5,title=PAM201::"
+        "100%25 of%0D%0Ait: %250A, all\n"
+    )
+
+
+def test_first_and_last_lines_of_cells(tmp_path: Path, capsys: Capture) -> None:
+    cells = [
+        "x = y.cuda()\nimport torch",
+        "",
+        "%%bash\necho cuda",
+        "%matplotlib inline\nx = x.cuda(\n)",
+        "torch.cuda.synchronize()\n",
+        "z = x.cuda()",
+    ]
+    code = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    page = {"cells": [{**code, "source": one} for one in cells], "nbformat": 4}
+    path = tmp_path / "n.ipynb"
+    path.write_text(json.dumps(page), "utf-8")
+    assert main(["check", "--format", "json", str(path)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["path"][-6:], one["line"], one["end_line"]) for one in found] == [
+        *(("cell 1", 1, 1), ("cell 4", 2, 3), ("cell 5", 1, 1), ("cell 6", 1, 1)),
+    ]
+    assert main(["fix", str(path)]) == 0
+    fixed = [cell["source"] for cell in json.loads(path.read_text("utf-8"))["cells"]]
+    made = 'from portable_amp import DeviceContext\n\nctx = DeviceContext(precision="fp32")\n'
+    assert fixed == [
+        made + "x = y.to(ctx.device)\nimport torch",
+        *cells[1:3],
+        "%matplotlib inline\nx = x.to(ctx.device\n)",
+        "ctx.synchronize()\n",
+        "z = x.to(ctx.device)",
+    ]
+    page["cells"][0]["source"] = "import torch"
+    page["cells"][5]["source"] = "cuda = ."
+    path.write_text(json.dumps(page), "utf-8")
+    assert main(["check", str(path)]) == 2
+    assert f"{path}: cell 6 is no Python, line 1: " in capsys.readouterr().err
 
 
 def test_imports_go_into_the_first_cell_that_is_python(tmp_path: Path) -> None:

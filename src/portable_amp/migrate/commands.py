@@ -86,7 +86,8 @@ def check_text(unit: files.Script | files.Notebook, path: str) -> list[Finding]:
         found = scan(unit.text, path)
     except SyntaxError as error:
         suffix, line = unit.place(error.lineno or 1)
-        raise files.UnreadableError(f"{suffix}is no Python, line {line}: {error.msg}") from error
+        where = f"{suffix.removeprefix(':')} " if suffix else ""
+        raise files.UnreadableError(f"{where}is no Python, line {line}: {error.msg}") from error
     lines = re.split(r"\r\n|\r|\n", unit.text) if found else []
     return [one for one in found if not _waved(one, lines)]
 
