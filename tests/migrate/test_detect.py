@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 
@@ -252,6 +253,118 @@ def test_every_rule_is_among_the_examples() -> None:
     assert {code for text in PROGRAMS.values() for code in re.findall(r"PAM\d+", text)} == set(
         RULES
     )
+
+
+PLACES = {
+    "else": "if a:\n    pass\nelse:\n    x.cuda()",
+    "elif": "if a:\n    pass\nelif b:\n    x.cuda()",
+    "test of if": "if x.cuda():\n    pass",
+    "for": "for a in b:\n    x.cuda()",
+    "for else": "for a in b:\n    pass\nelse:\n    x.cuda()",
+    "for iter": "for a in x.cuda():\n    pass",
+    "while": "while a:\n    x.cuda()",
+    "while test": "while x.cuda():\n    pass",
+    "while else": "while a:\n    pass\nelse:\n    x.cuda()",
+    "try": "try:\n    x.cuda()\nfinally:\n    pass",
+    "except": "try:\n    pass\nexcept E:\n    x.cuda()",
+    "except type": "try:\n    pass\nexcept x.cuda():\n    pass",
+    "try else": "try:\n    pass\nexcept E:\n    pass\nelse:\n    x.cuda()",
+    "finally": "try:\n    pass\nfinally:\n    x.cuda()",
+    "with": "with a:\n    x.cuda()",
+    "with item": "with a, x.cuda():\n    pass",
+    "async with": "async def f():\n    async with a:\n        x.cuda()",
+    "async for": "async def f():\n    async for a in b:\n        x.cuda()",
+    "await": "async def f():\n    await x.cuda()",
+    "match": "match x.cuda():\n    case _:\n        pass",
+    "case": "match a:\n    case 1:\n        x.cuda()",
+    "case guard": "match a:\n    case 1 if x.cuda():\n        pass",
+    "default": "def f(a, b=x.cuda()):\n    pass",
+    "kw default": "def f(*, a, b=x.cuda()):\n    pass",
+    "posonly default": "def f(b=x.cuda(), /):\n    pass",
+    "lambda default": "f = lambda a=x.cuda(): a",
+    "lambda kw default": "f = lambda *, a=x.cuda(): a",
+    "lambda": "f = lambda a: x.cuda()",
+    "decorator": "@f(x.cuda())\ndef g():\n    pass",
+    "decorator kw": "@f(a=x.cuda())\ndef g():\n    pass",
+    "decorator bare": "@x.cuda()\ndef g():\n    pass",
+    "class decorator": "@f(x.cuda())\nclass A:\n    pass",
+    "decorator nested": "@f([x.cuda()])\ndef g():\n    pass",
+    "base": "class A(f(x.cuda())):\n    pass",
+    "metaclass": "class A(metaclass=f(x.cuda())):\n    pass",
+    "class body": "class A:\n    y = x.cuda()",
+    "method": "class A:\n    def f(self):\n        x.cuda()",
+    "nested": "def f():\n    def g():\n        x.cuda()",
+    "async def": "async def f():\n    x.cuda()",
+    "return": "def f():\n    return x.cuda()",
+    "yield": "def f():\n    yield x.cuda()",
+    "raise": "raise E(x.cuda())",
+    "raise from": "raise E from x.cuda()",
+    "assert": "assert x.cuda()",
+    "assert msg": "assert a, x.cuda()",
+    "del": "del a[x.cuda()]",
+    "assign": "y = x.cuda()",
+    "ann": "y: int = x.cuda()",
+    "aug": "y += x.cuda()",
+    "walrus": "(y := x.cuda())",
+    "target": "y[x.cuda()] = 1",
+    "target2": "z = y[x.cuda()] = 1",
+    "list": "[x.cuda()]",
+    "tuple": "(x.cuda(), 1)",
+    "set": "{x.cuda()}",
+    "dict key": "{x.cuda(): 1}",
+    "dict value": "{1: x.cuda()}",
+    "dict star": "{**x.cuda()}",
+    "listcomp": "[x.cuda() for a in b]",
+    "comp iter": "[a for a in x.cuda()]",
+    "comp if": "[a for a in b if x.cuda()]",
+    "dictcomp": "{a: x.cuda() for a in b}",
+    "genexp": "list(x.cuda() for a in b)",
+    "arg": "f(x.cuda())",
+    "kwarg": "f(a=x.cuda())",
+    "star": "f(*x.cuda())",
+    "starstar": "f(**x.cuda())",
+    "attr": "x.cuda().y",
+    "sub": "x.cuda()[0]",
+    "slice": "y[x.cuda():1]",
+    "binop": "1 + x.cuda()",
+    "unary": "-x.cuda()",
+    "bool": "a or x.cuda()",
+    "compare": "1 < x.cuda()",
+    "ifexp": "x.cuda() if a else b",
+    "ifexp else": "b if a else x.cuda()",
+    "ifexp test": "b if x.cuda() else c",
+    "fstring": "f'{x.cuda()}'",
+    "fformat": "f'{a:{x.cuda()}}'",
+    "main": "if __name__ == '__main__':\n    x.cuda()",
+    "return annot default": "def f(a: int = x.cuda()) -> int:\n    pass",
+    "semicolon": "a; x.cuda()",
+    "global stmt after": "def f():\n    global a\n    x.cuda()",
+    "property": "class A:\n    @property\n    def cudax(self):\n        return x.cuda()",
+    "def cuda": "def cuda(a=x.cuda()):\n    pass",
+    "isinstance": "isinstance(x.cuda(), A)",
+}
+if sys.version_info >= (3, 11):
+    PLACES["except star"] = "try:\n    pass\nexcept* E:\n    x.cuda()"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_of_the_syntax_is_looked_at(place: str) -> None:
+    text = f"import torch\n{PLACES[place]}\n"
+    (line,) = [number for number, one in enumerate(text.split("\n"), 1) if "x.cuda()" in one]
+    assert [(one.line, one.code) for one in scan(text)] == [(line, "PAM201")]
+
+
+def test_nothing_in_an_f_string_is_rewritten() -> None:
+    text = "import torch\nprint(f'{x.cuda()}', f" + repr("{d.to('cuda')}") + ")\n"
+    assert [(one.code, one.fix, one.edits) for one in scan(text)] == [
+        ("PAM201", "advice", ()),
+        ("PAM202", "advice", ()),
+    ]
+
+
+def test_a_scaler_that_is_off_is_left_alone() -> None:
+    text = "import torch\nfrom torch.cuda.amp import GradScaler\n"
+    assert scan(text + "GradScaler(enabled=False)\ntorch.amp.GradScaler(enabled=False)\n") == []
 
 
 def test_positions_count_code_points() -> None:

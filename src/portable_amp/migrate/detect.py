@@ -40,6 +40,8 @@ class Match:
     guarded: bool
     decorator: bool = False
     parameter: bool = False
+    quoted: bool = False
+    """In an f-string, whose quotes an edit could end."""
     call: ast.Call | None = None
     """The `.to(...)` or `torch.device(...)` whose argument it is, or the function it is given."""
 
@@ -84,6 +86,8 @@ class _Walk:
         self.before: ast.stmt | None = None
         self.rest: Sequence[ast.stmt] = ()
         self.decorator = self.parameter = False
+        self.quoted: ast.JoinedStr | None = None
+        """The f-string around; up to Python 3.11 nothing in it has a place of its own."""
         self.done: set[int] = set()
         self.saved: set[str] = set()
         """Names of what this function has saved to, and so reads on the machine it ran on."""
@@ -237,7 +241,8 @@ class _Walk:
     def on_functiondef(self, node: AnyFunction) -> bool:
         for decorator in node.decorator_list:
             self.decorator = True
-            self.done |= {id(one) for one in getattr(decorator, "args", ())}
+            if self._needs(decorator):  # which asks, and uses nothing
+                self.done |= {id(one) for one in getattr(decorator, "args", ())}
             self.visit(decorator)
             self.decorator = False
         outer = self.scope, self.knows, self.saved, self.body
@@ -317,6 +322,11 @@ class _Walk:
         return True
 
     def on_joinedstr(self, node: ast.JoinedStr) -> bool:
+        outer, self.quoted = self.quoted, self.quoted or node
+        for part in node.values:
+            if isinstance(part, ast.FormattedValue):
+                self.inside(part)
+        self.quoted = outer
         return True
 
     def on_attribute(self, node: ast.Attribute | ast.Name) -> bool:
@@ -512,8 +522,8 @@ class _Walk:
         told: Level = "info" if guarded else level or RULES[code].level
         self.found.matches.append(
             Match(
-                code, node, told, what, self.scope, self.statement, self.before, guarded,
-                self.decorator, self.parameter, call,
+                code, self.quoted or node, told, what, self.scope, self.statement, self.before,
+                guarded, self.decorator, self.parameter, bool(self.quoted), call,
             )
         )  # fmt: skip
 

@@ -52,7 +52,7 @@ class Rewriter:
     def fix(self, match: Match) -> Fix:
         """How to rewrite a match; advice where that takes a person."""
         make = getattr(self, f"_{match.code.lower()}", None)
-        if make is None or match.guarded:
+        if make is None or match.guarded or match.quoted:
             return Fix()
         if self._is_partial(match) and match.code not in ("PAM101", "PAM102", "PAM103"):
             return Fix()
