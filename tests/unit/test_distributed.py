@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from portable_amp import DeviceError, DistributedError, Ranks, init_distributed, notices, ranks
 from portable_amp.backends import resolve_device
+from portable_amp.distributed import of_rank_0
 from portable_amp.testing import play
 from support import playing
 
@@ -29,7 +31,10 @@ def test_one_process_needs_no_launcher() -> None:
     [
         ({"RANK": "0"}, r"\$LOCAL_RANK is not set"),
         ({"WORLD_SIZE": "2"}, r"\$RANK is not set"),
-        ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "are numbers"),
+        (
+            {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+            "LOCAL_RANK, WORLD_SIZE are numbers: ",
+        ),
         ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
         ({"RANK": "-1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=-1 is not below"),
         ({"RANK": "0", "LOCAL_RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK=2 is not below"),
@@ -176,6 +181,27 @@ def test_each_kind_of_device_talks_its_own_way(
     with play(key, count=2) as played:
         assert init_distributed(device) == Ranks(1, 1, 2)
     assert (joined, played.current) == ([(backend, {"rank": 1, "world_size": 2})], 1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_decides_or_fails_for_all(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    sent: list[Any] = [7, ""]
+
+    def broadcast(told: list[Any], src: int) -> None:
+        assert src == 0
+        if rank:
+            told[:] = sent
+
+    def refuse() -> int:
+        raise ValueError("no")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    assert of_rank_0(lambda: 7 if rank == 0 else 8) == 7
+    sent = [None, "ValueError: no"]
+    with pytest.raises(RuntimeError, match=r"^rank 0 failed: ValueError: no$"):
+        of_rank_0(refuse)
 
 
 PROGRAM = """
