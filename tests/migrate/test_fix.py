@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import portable_amp
-from portable_amp.migrate import fixer
+from portable_amp.migrate import fixer, rules
 from portable_amp.migrate.findings import Edit, Finding
 from portable_amp.migrate.scan import scan
 
@@ -114,6 +115,33 @@ def imported(text: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module == "portable_amp"
         for alias in node.names
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("torch.autocast('cuda')", ""),
+        ("torch.autocast('cuda', d)", "Left to you: the dtype is known only when it runs"),
+        ("torch.autocast('cuda', **d)", "Left to you: its arguments are known only"),
+        ("torch.autocast('cuda'), torch.autocast('cpu')", "Left to you: there is another region"),
+        (
+            "torch.autocast('cuda'), torch.autocast('cuda', torch.bfloat16)",
+            "Left to you: both fp16 and bf16 are computed",
+        ),
+        (
+            "torch.amp.GradScaler('cuda'), torch.autocast('cuda', torch.bfloat16)",
+            "Unsafe to fix: bf16 is computed here, for which",
+        ),
+        ("ctx = DeviceContext()\ntorch.autocast('cuda')", "Unsafe to fix: .* asks for auto."),
+        ("ctx = DeviceContext(precision=a)\ntorch.autocast('cuda')", "Unsafe .* asks for what is"),
+        ("ctx = DeviceContext(**a)\ntorch.autocast('cuda')", "Unsafe to fix: .* asks for what is"),
+        ("ctx = DeviceContext(precision='fp16')\ntorch.autocast('cuda')", ""),
+    ],
+)
+def test_why_it_is_not_fixed_is_told(text: str, reason: str) -> None:
+    first = scan("import torch\nfrom portable_amp import DeviceContext\n" + text)[0]
+    added = first.message.removeprefix(rules.RULES[first.code].message)
+    assert re.match(" " + reason if reason else "$", added), added
 
 
 LINES = (

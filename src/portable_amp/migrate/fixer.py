@@ -36,7 +36,8 @@ def apply(text: str, findings: Sequence[Finding], *, unsafe: bool = False) -> st
         return text
     source = Source(text)
     precision = next((one.context for one in taken if one.context), "")
-    name = _context_of(source.tree)
+    first = min((edit.start for edit in edits if "{ctx}" in edit.new), default=0)
+    name = _context_of(source, first)
     make = precision and not name
     needed = {name for one in taken for name in one.imports} | (
         {"DeviceContext"} if make else set()
@@ -98,9 +99,11 @@ def _names(tree: ast.Module) -> tuple[set[str], dict[str, str]]:
     return used, known
 
 
-def _context_of(tree: ast.Module) -> str:
-    """The name of a context that the module makes already."""
-    for one in tree.body:
+def _context_of(source: Source, before: int) -> str:
+    """The name of a context that the module makes before that place."""
+    for one in source.tree.body:
+        if source.span(one)[0] > before:
+            break
         target = one.targets[0] if isinstance(one, ast.Assign) else None
         made = ast.unparse(one.value) if isinstance(one, ast.Assign) else ""
         if isinstance(target, ast.Name) and MADE.fullmatch(made):
