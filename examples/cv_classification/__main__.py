@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cv_classification.config import InputError, load_config
+from cv_classification.config import InputError, check_path, load_config
 from cv_classification.demo import DEMOS, demo
 from cv_classification.evaluate import evaluate
 from cv_classification.interrupt import Interrupted
 from cv_classification.train import train
 from cv_classification.tta import predict
-from portable_amp import PortableAmpError
+from portable_amp import PortableAmpError, is_oom_error
 
 COMMANDS = {
     "train": "train a model",
@@ -24,8 +26,10 @@ COMMANDS = {
     "report": "write report.html: curves, confusions, the images that are taken for others",
     "demo": "write images, train, predict, and score: the whole pipeline in some minutes",
 }
+LOGGERS = ("portable_amp", "py.warnings")
+SETTING = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 INT: dict[str, Any] = {"type": int, "default": 0}
-PATH: dict[str, Any] = {"type": Path}
+PATH: dict[str, Any] = {"type": check_path}
 FLAG: dict[str, Any] = {"action": "store_true"}
 RESUME: dict[str, Any] = {"choices": ["always", "auto"], "default": ""}
 # An option, the commands that have it, its help, and what else argparse is told of it.
@@ -67,16 +71,26 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 1 where a demo misses its mark, 2 on bad input."""
-    # Standard error is for what went wrong; what was decided, and why, belongs to the output.
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may not be printable
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # Standard error is for what went wrong; what was decided, and why, belongs to the output, and
+    # so do the warnings of decoders.
     notices = logging.StreamHandler(sys.stdout)
-    logging.getLogger("portable_amp").addHandler(notices)
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(notices)
+    logging.captureWarnings(True)
     try:
         return run(argv)
     # OSError: the disk is full, or a folder is not ours to write to.
     except (InputError, PortableAmpError, OSError) as error:
         # What a worker of the loader raises comes with that process's traceback before it.
-        print(" ".join(str(error).rpartition("InputError: ")[2].split()), file=sys.stderr)
-        return 2
+        return refuse(str(error).rpartition(f"{type(error).__name__}: ")[2])
+    except (RuntimeError, MemoryError) as error:
+        if is_oom_error(error) or isinstance(error, MemoryError):
+            return refuse(f"out of memory: {error}; a smaller data.batch_size may fit")
+        if "DataLoader worker" not in str(error):
+            raise
+        return refuse(f"{error}; it may have run out of memory: fewer data.workers may fit")
     except Interrupted as stop:
         print(f"{stop}; `train --resume` goes on from here", file=sys.stderr)
         return 128 + stop.number
@@ -84,7 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     finally:
-        logging.getLogger("portable_amp").removeHandler(notices)
+        logging.captureWarnings(False)
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(notices)
+
+
+def refuse(why: str) -> int:
+    """Say in one line why it cannot be done; the exit status."""
+    line = " ".join(why.split())
+    print(line if len(line) <= 1000 else f"{line[:1000]} ...", file=sys.stderr)
+    return 2
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -113,12 +136,18 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the settings: words that are left over, wherever they stand."""
+    """The options, and the settings: words like `a.b=c`, wherever they stand, and what is left."""
     words = list(argv)
     for at, word in enumerate(words):  # alone it means always, which argparse cannot tell apart
         if word == "--resume" and words[at + 1 : at + 2] not in (["always"], ["auto"]):
             words[at] = "--resume=always"
-    return make_parser().parse_known_args(words)
+    valued = [option for option, _, _, more in OPTIONS if more.get("action") is None]
+    settings: list[str] = []
+    rest: list[str] = []
+    for last, word in zip(["", *words], words, strict=False):
+        (settings if SETTING.match(word) and last not in valued else rest).append(word)
+    args, left = make_parser().parse_known_args(rest)
+    return args, settings + left
 
 
 def make_parser() -> Parser:

@@ -7,14 +7,13 @@ import random
 from inspect import signature
 from itertools import chain, count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
-from cv_classification.config import InputError, Section, nearest
+from cv_classification.config import InputError, Section, nearest, read_yaml
 
 # On import albumentations asks a server for its newest version, and waits where there is none.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
@@ -42,6 +41,11 @@ def _check(step: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 Some = Field(min_length=1)
+# What cv_classification.tta has.
+View = Literal[
+    "identity", "fliplr", "flipud", "rotate180", "transpose",
+    "rotate+5", "rotate-5", "rotate+15", "rotate-15",
+]  # fmt: skip
 Step = Annotated[
     dict[str, dict[str, Any]], Field(min_length=1, max_length=1), AfterValidator(_check)
 ]
@@ -53,7 +57,7 @@ class Preset(Section):
 
     keep_aspect: bool
     fill: Annotated[int, Field(strict=True, ge=0, le=255)]
-    views: Annotated[tuple[str, ...], Some]
+    views: Annotated[tuple[View, ...], Some]
     stages: Annotated[tuple[Stage, ...], Some]
 
 
@@ -63,7 +67,7 @@ def find_preset(name: str) -> Preset:
     Raises:
         InputError: there is none, or it is wrong.
     """
-    presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
+    presets = read_yaml(PRESETS)
     if name not in presets:
         raise InputError(f"data.preset={name!r} is no preset; {nearest(name, presets)}")
     try:

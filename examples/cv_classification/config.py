@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import re
+import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cv_classification.plain import brief, fault_of, parse
 
 # Strict, because pydantic would otherwise read `true` as 1 and "3" as 3.
 Count = Annotated[int, Field(strict=True, ge=1)]
+# Of what is made at once, so that a slip of the finger does not fill the memory.
+Few = Annotated[int, Field(strict=True, ge=1, le=10_000)]
+Workers = Annotated[int, Field(strict=True, ge=0, le=1024)]
 WholeNumber = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
-# Not strict: YAML 1.1 reads 1e-3 as a string, and everybody writes 1e-3.
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+NotNegative = Annotated[float, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 class InputError(ValueError):
@@ -41,12 +48,12 @@ class DataConfig(Section):
     cutmix: NotNegative = 0.0
     balance: Literal["none", "sampler", "copies"] = "none"
     validation: Annotated[Share, Field(gt=0)] = 0.2
-    folds: Annotated[Count, Field(ge=2)] | None = None
+    folds: Annotated[Few, Field(ge=2)] | None = None
     fold: WholeNumber | None = None
     batch_size: Count = 32
     cache: Path | None = None
     cache_gb: Positive = 10.0
-    workers: WholeNumber = 0
+    workers: Workers = 0
 
 
 class HeadConfig(Section):
@@ -63,7 +70,7 @@ class ModelConfig(Section):
     name: str = "resnet18"
     pretrained: bool = False
     weights: Path | None = None
-    image_size: Count | None = None
+    image_size: Annotated[Few, Field(le=4096)] | None = None
     drop_rate: Share = 0.0
     tune: Literal["full", "head", "scratch"] | Count = "full"
     head: HeadConfig = HeadConfig()
@@ -86,7 +93,7 @@ class TrainConfig(Section):
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: Share = 0.0
     ema: Share = 0.0
-    validation_views: Count = 1
+    validation_views: Few = 1
     monitor: Literal["macro_f1", "accuracy", "log_loss"] = "macro_f1"
     patience: Count | None = None
     save_every: Count | None = None
@@ -109,7 +116,7 @@ class Config(Section):
 
 
 # What a trained model may be run with; anything else would not be the model that was trained.
-RUNTIME = ("device", "precision", "data.batch_size", "data.workers")
+RUNTIME = ("device", "precision", "data.path", "data.batch_size", "data.workers")
 # What may differ when training is resumed; the batch size may not.
 RESUMABLE = (
     *("device", "precision", "output", "tracking", "data.path", "data.workers"),
@@ -124,7 +131,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: unreadable, invalid, or a setting is unknown or of the wrong type.
     """
-    settings = {} if path is None else _read_yaml(path)
+    settings = {} if path is None else read_yaml(path)
     for override in overrides:
         _override(settings, override)
     return check_config(settings, "command line" if path is None else str(path))
@@ -150,6 +157,8 @@ def check_config(settings: dict[str, Any], source: str) -> Config:
     Raises:
         InputError: a setting is unknown or of the wrong type.
     """
+    if fault := fault_of(settings):
+        raise InputError(f"{source}: {fault}")
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
@@ -158,13 +167,13 @@ def check_config(settings: dict[str, Any], source: str) -> Config:
     if first["type"] != "extra_forbidden":
         # Where the value is wrong for each member of a union, that member is named, too.
         name = ".".join(part for part in place if re.fullmatch(r"(?!int$)\w+", part))
-        raise InputError(f"{source}: {name}={first['input']!r}: {first['msg']}")
+        raise InputError(f"{source}: {name}={brief(first['input'])}: {first['msg']}")
     name = ".".join(place)
     section: Any = Config
     for part in place[:-1]:
         section = section.model_fields[part].annotation
     hint = nearest(place[-1], section.model_fields)
-    raise InputError(f"{source}: there is no setting {name!r}; {hint}")
+    raise InputError(f"{source}: there is no setting {brief(name)}; {hint}")
 
 
 def check_same_run(saved: dict[str, Any], config: Config) -> None:
@@ -179,15 +188,53 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
             raise InputError(f"{name}={new[name]!r}: the run to resume has {old.get(name)!r}")
 
 
-def check_folder(path: Path) -> None:
-    """See that a folder can be made at `path`, without making it.
+def check_path(text: str) -> Path:
+    """The path that a word of the command line names.
 
     Raises:
-        InputError: a file is in the way.
+        ValueError: nothing can have that name.
     """
-    for place in (path, *path.parents):
-        if place.exists() and not place.is_dir():
-            raise InputError(f"{str(path)!r} cannot be a folder: {str(place)!r} is a file")
+    if b"\0" in os.fsencode(text):
+        raise ValueError
+    return Path(text)
+
+
+def check_folder(path: Path) -> None:
+    """See that there can be a folder at `path`, with files in it, without making it.
+
+    Raises:
+        InputError: a file is in the way, or the place is not ours to write to.
+    """
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"{str(path)!r} cannot be a folder: {str(there)!r} is a file")
+    try:  # to ask for permission is not enough: of root, or of what no file can be made in
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def check_output(path: Path) -> None:
+    """See that a file can be written at `path`, without writing it.
+
+    Raises:
+        InputError: it is a folder, or not ours to write to.
+    """
+    if path.is_dir():
+        raise InputError(f"the output {str(path)!r} is a folder; name a file")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise InputError(f"{str(path)!r} cannot be written: it is write-protected")
+    if not path.exists() or (path.is_file() and not own_stream(path)):  # no device, no pipe
+        check_folder(Path(os.path.realpath(path)).parent)
+
+
+def own_stream(path: Path) -> TextIO | None:
+    """What this program prints to, if that is what is at `path`, such as /dev/stdout."""
+    for number, stream in enumerate((sys.stdout, sys.stderr), 1):
+        with contextlib.suppress(OSError):  # nothing is there, or it is closed
+            if os.path.samestat(path.stat(), os.fstat(number)):
+                return stream
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -200,19 +247,32 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
-    return f"there are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+    return f"there are {', '.join(names[:8]) or 'none'}{', ...' if len(names) > 8 else ''}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a file.
+
+    Raises:
+        InputError: it is unreadable, no YAML, or holds something else.
+    """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read the config {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"the config {str(path)!r} is not valid YAML: {error}") from error
+    loaded = _parse(text, f"the config {str(path)!r}")
     if not isinstance(loaded, dict | None):
         raise InputError(f"the config {str(path)!r} holds a {type(loaded).__name__}, not settings")
     return loaded or {}
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise InputError(f"{source} is not valid YAML: {error}") from error
 
 
 def _override(settings: dict[str, Any], override: str) -> str:
@@ -225,10 +285,7 @@ def _override(settings: dict[str, Any], override: str) -> str:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
             raise InputError(f"{override!r}: {section!r} is a value, and has no settings in it")
-    try:
-        settings[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{override!r}: the value is not valid YAML") from error
+    settings[key] = _parse(text, f"the value of {brief(override)}")
     return name
 
 

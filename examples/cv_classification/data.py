@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -12,10 +12,20 @@ from typing import NamedTuple
 
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from cv_classification.config import DataConfig, InputError
+from cv_classification.config import DataConfig, InputError, own_stream
+from cv_classification.plain import brief
+from portable_amp import ranks
+from portable_amp.checkpoint import replacing
 
 COLUMNS = ("ID", "target")
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# What is taken for a picture; whether it can be decoded is seen when all are tried.
+SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
+    *(".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    # Hardly; but not to be passed over either.
+    *(".arw", ".cr2", ".cr3", ".dng", ".eps", ".heic", ".heif", ".jxl", ".nef", ".orf", ".pdf"),
+    *(".psd", ".raf", ".raw", ".rw2", ".svg"),
+}
 
 
 class Sample(NamedTuple):
@@ -61,10 +71,15 @@ def read_unlabelled(path: Path) -> list[Sample]:
     table = path / "sample_submission.csv"
     if table.is_file():
         return [Sample(name, path / "test" / name) for name, _ in read_rows(table)]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    found, _, others = _look(path, deep=True)
     if not found:
         raise InputError(f"{str(path)!r} has neither a sample_submission.csv nor images")
-    return [Sample(file.relative_to(path).as_posix(), file) for file in found]
+    _tell_passed(others)
+    samples = [Sample(file.relative_to(path).as_posix(), file) for file in found]
+    for sample in samples:
+        if _climbs(sample.id):
+            raise InputError(f"{str(path)!r}: a submission cannot hold the name {brief(sample.id)}")
+    return samples
 
 
 def read_rows(table: Path) -> list[tuple[str, int]]:
@@ -73,16 +88,17 @@ def read_rows(table: Path) -> list[tuple[str, int]]:
     Raises:
         InputError: columns, IDs or targets are missing, twice, or not what they should be.
     """
-    rows: dict[str, int] = {}
+    rows: dict[PurePosixPath, tuple[str, int]] = {}
     for where, name, target in _read_columns(table, *COLUMNS):
-        if not name or _climbs(name):
-            raise InputError(f"{where}: the ID {name!r} is not a path inside the image folder")
-        if name in rows:
-            raise InputError(f"{where}: the ID {name!r} is there twice")
-        rows[name] = _whole(target, where)
+        if _climbs(name):
+            raise InputError(f"{where}: the ID {brief(name)} is not a path inside the image folder")
+        file = PurePosixPath(name)  # which "./a.png" is as well as "a.png"
+        if file in rows:
+            raise InputError(f"{where}: the ID {brief(name)} is there twice")
+        rows[file] = name, _whole(target, where)
     if not rows:
         raise InputError(f"{table} has no rows")
-    return list(rows.items())
+    return list(rows.values())
 
 
 def split(
@@ -124,19 +140,19 @@ def split(
 def write_text(path: Path, text: str, check: Callable[[Path], None] | None = None) -> None:
     """Write a file so that `path` holds what it held before, or all of the new text.
 
-    `check` sees the written file before it takes its place, and raises to stop that.
+    `check` sees the written file before it takes its place, and raises to stop that. A device, a
+    pipe, and this program's own output, such as /dev/stdout, are written to as they are.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if check:
-            check(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if stream := own_stream(path):
+        print(text, end="", file=stream)
+    elif path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8", newline="")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8", newline="")
+            if check:
+                check(new)
 
 
 def write_table(
@@ -178,22 +194,52 @@ def _numbered(rows: Sequence[tuple[str, int]]) -> Classes:
 
 
 def _read_folders(path: Path, known: Classes | None) -> tuple[list[Sample], Classes]:
-    folders = sorted(
-        entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    stray, folders, others = _look(path)
     if not folders:
         raise InputError(f"{str(path)!r} has neither a train.csv nor a folder per class")
     names = known.names if known else tuple(folder.name for folder in folders)
     samples = []
     for folder in folders:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-        if folder.name not in names:
-            raise InputError(f"{str(folder)!r} is no class of the trained model")
+        files, deeper, more = _look(folder)
+        if names.count(folder.name) != 1:
+            raise InputError(f"{str(folder)!r} is no class of the trained model, or two")
+        if deeper:
+            raise InputError(f"the class folder {str(folder)!r} has a folder in it: {deeper[0]}")
         if not files:
             raise InputError(f"the class folder {str(folder)!r} has no images")
         label = names.index(folder.name)
         samples += [Sample(f"{folder.name}/{file.name}", file, label) for file in files]
+        others += more
+    _tell_passed(stray + others)
     return samples, known or Classes(tuple(range(len(names))), names)
+
+
+def _look(folder: Path, *, deep: bool = False) -> tuple[list[Path], list[Path], list[Path]]:
+    """Pictures, folders, and what is neither; `deep`: of all folders in it, but for links."""
+    pictures: list[Path] = []
+    folders: list[Path] = []
+    others: list[Path] = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":  # which zip files of a Mac have
+            others.append(entry)
+        elif entry.is_dir():
+            folders.append(entry)
+        else:
+            (pictures if entry.suffix.lower() in SUFFIXES else others).append(entry)
+    for inner in folders if deep else ():
+        if inner.is_symlink():  # it may lead back here
+            others.append(inner)
+            continue
+        found, _, more = _look(inner, deep=True)
+        pictures, others = pictures + found, others + more
+    return sorted(pictures), folders, others
+
+
+def _tell_passed(files: Sequence[Path]) -> None:
+    """Name what is in a folder of images, and is not used."""
+    if files and ranks().is_main:
+        named = ", ".join(map(str, files[:3]))
+        print(f"passed over {len(files)} that are no images: {named}{', ...' * (len(files) > 3)}")
 
 
 def _read_columns(table: Path, first: str, second: str) -> list[tuple[str, str, str]]:
@@ -201,15 +247,23 @@ def _read_columns(table: Path, first: str, second: str) -> list[tuple[str, str, 
     try:
         # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
         with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or ()
-            missing = [column for column in (first, second) if column not in columns]
-            if missing:
-                raise InputError(f"{table} has no column {missing[0]!r}, only {list(columns)}")
-            return [
-                (f"{table}, line {reader.line_num}", row[first] or "", row[second] or "")
-                for row in reader
-            ]
+            reader = csv.reader(file, strict=True)
+            columns = next(reader, [])
+            for column in (first, second):
+                if column not in columns:
+                    raise InputError(f"{table} has no column {column!r}, only {brief(columns)}")
+                if columns.count(column) > 1:
+                    raise InputError(f"{table} has the column {column!r} twice")
+            rows = []
+            for row in filter(None, reader):  # empty lines are none
+                where = f"{table}, line {reader.line_num}"
+                if len(row) != len(columns):
+                    raise InputError(
+                        f"{where} has {len(row)} fields, not {len(columns)}; a text with a comma "
+                        "in it stands in quotation marks"
+                    )
+                rows.append((where, row[columns.index(first)], row[columns.index(second)]))
+            return rows
     except OSError as error:
         raise InputError(f"cannot read {str(table)!r}: {error.strerror}") from error
     except (csv.Error, UnicodeDecodeError) as error:
@@ -217,13 +271,18 @@ def _read_columns(table: Path, first: str, second: str) -> list[tuple[str, str, 
 
 
 def _whole(text: str, where: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{where}: the target {text!r} is not a whole number") from None
+    if not re.fullmatch(r"[ \t]*[-+]?[0-9]{1,18}[ \t]*", text):
+        raise InputError(f"{where}: the target {brief(text)} is not a whole number")
+    return int(text)
 
 
 def _climbs(name: str) -> bool:
-    """Whether an ID leads out of its folder, on whichever system."""
+    """Whether an ID names no file of its folder, on whichever system, or is no UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return True
+    if not name or "\0" in name:
+        return True
     paths = (PurePosixPath(name), PureWindowsPath(name))
     return any(path.is_absolute() or path.drive or ".." in path.parts for path in paths)

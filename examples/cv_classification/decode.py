@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import shutil
+import stat
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cv_classification.config import InputError, check_folder
 
+# Not all that Pillow knows: it would give EPS to another program, and take anything for TGA.
+Image.init()
+FORMATS = sorted(
+    {"AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+    & Image.OPEN.keys()
+)
+PIXELS = 500_000_000
+"""Of one image, at most: 1.5 GB when decoded; cameras have 200 million."""
+Image.MAX_IMAGE_PIXELS = None  # the same, but it would only warn of some
 TURNED = 0x0112
 """The EXIF tag of how a picture lies; from 5 on width and height change places."""
 
@@ -30,18 +42,35 @@ def read_image(path: Path, *, draft: bool = False) -> npt.NDArray[np.uint8]:
     Raises:
         InputError: there is no such file, or it cannot be decoded.
     """
+    with _opened(path) as image:
+        if draft:
+            image.draft("RGB", (1, 1))
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture, of which the header is read; what goes wrong with it is an InputError.
+
+    Raises:
+        InputError: see `read_image`.
+    """
     try:
-        with Image.open(path) as image:
-            if draft:
-                image.draft("RGB", (1, 1))
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise InputError(f"{path}: not a file")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > PIXELS:
+                raise InputError(f"{path}: {image.width} x {image.height} pixels are too many")
+            yield image
+    except InputError:
+        raise
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image") from None
+        raise InputError(f"{path}: not an image that can be read here") from None
     # A damaged file makes decoders raise whatever they stumble over, not only OSError.
     except Exception as error:
-        raise InputError(f"{path}: truncated or damaged ({error or type(error)})") from error
+        number = error.errno if isinstance(error, OSError) else None
+        why = os.strerror(number).lower() if number else f"truncated or damaged ({error!r})"
+        raise InputError(f"{path}: {why}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -98,11 +127,12 @@ class Cache:
                 if other != self.file:
                     with contextlib.suppress(OSError):  # where open files cannot be removed
                         other.unlink()
-            # Opening to append makes it, or leaves it as it is, whoever else does the same.
-            with self.file.open("ab") as file:
-                os.truncate(file.fileno(), self.length)
+            _allocate(self.file, self.length)
         except OSError as error:
-            raise InputError(f"data.cache={str(folder)!r}: {error.strerror}") from error
+            raise InputError(
+                f"data.cache={str(folder)!r}: {error.strerror}; it needs {self.length / 1e9:.3g} "
+                "GB, and data.cache_gb can say less"
+            ) from error
 
     def read(self, path: Path) -> npt.NDArray[np.uint8]:
         """As `read_image`."""
@@ -128,9 +158,32 @@ class Cache:
         return {**self.__dict__, "_bytes": None}  # each worker maps the file itself
 
 
+def _allocate(path: Path, size: int) -> None:
+    """Make a file of so many bytes, or leave it as it is, whoever else does the same.
+
+    The disk has room for all of it: else a write into the mapped file would kill the process.
+
+    Raises:
+        OSError: the disk is full, or not ours to write to.
+    """
+    with path.open("ab") as file:  # opened so, what is in it stays
+        made = file.tell() == 0
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+                return
+            if made and shutil.disk_usage(path.parent).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.truncate(file.fileno(), size)
+        except OSError:
+            if made:
+                path.unlink()
+            raise
+
+
 def _shape(path: Path) -> tuple[int, int, int]:
     """The shape that `read_image` will return, of the header alone."""
-    with Image.open(path) as image:
+    with _opened(path) as image:
         width, height = image.size
         turned = image.getexif().get(TURNED, 1) in (5, 6, 7, 8)
     return (width, height, 3) if turned else (height, width, 3)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from cv_classification.config import InputError
+from cv_classification.config import InputError, check_output
 from cv_classification.data import Sample, read_labelled
 from cv_classification.device import make_context
 from cv_classification.images import check_images, read_split
 from cv_classification.metrics import report
 from cv_classification.model import Trained, load_trained
+from cv_classification.tracking import Row, read_history
 from cv_classification.tta import predict_samples
 
 
@@ -42,6 +42,9 @@ def evaluate(
     first = trained[0]
     ctx = make_context(first.config)
     print(ctx.explain() if explain else ctx.summary())
+    if html:  # what is wrong is to be found before anything is computed
+        check_output(html)
+        _history(trained)
     if data is None:
         parts = [(unseen(one, skip_bad=skip_bad), [one]) for one in trained]
     else:
@@ -65,12 +68,15 @@ def picture(
     """Write report.html, with the curves of the training if it is of one run; `on` says on what."""
     from cv_classification.report import Judged, write_report  # matplotlib takes a second
 
-    first, log = trained[0], trained[0].path.with_name("metrics.jsonl")
-    lines = log.read_text("utf-8").splitlines() if log.is_file() and len(trained) == 1 else []
-    settings, history = first.config.model_dump(mode="json"), [*map(json.loads, lines)]
+    first, history = trained[0], _history(trained)
+    settings = first.config.model_dump(mode="json")
     judged = Judged(samples, probs, first.classes)
     write_report(html, first.config.output.name, settings, history, judged, on)
     print(f"report: {html}")
+
+
+def _history(trained: Sequence[Trained]) -> list[Row]:
+    return read_history(trained[0].path.with_name("metrics.jsonl")) if len(trained) == 1 else []
 
 
 def unseen(trained: Trained, *, skip_bad: bool) -> list[Sample]:
@@ -79,7 +85,7 @@ def unseen(trained: Trained, *, skip_bad: bool) -> list[Sample]:
     Raises:
         InputError: the data has changed since.
     """
-    found = read_split(trained.config, skip_bad=skip_bad)
+    found = read_split(trained.config, skip_bad=skip_bad, cached=False)
     if found.digest != trained.split:
         raise InputError(
             f"{trained.config.data.path} has changed since {str(trained.path)!r} was trained, "

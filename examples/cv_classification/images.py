@@ -63,8 +63,8 @@ class Split(NamedTuple):
     cache: Cache | None
 
 
-def read_split(config: Config, *, skip_bad: bool = False) -> Split:
-    """The images that a run trains on, and those it holds out.
+def read_split(config: Config, *, skip_bad: bool = False, cached: bool = True) -> Split:
+    """The images that a run trains on, and those it holds out; `cached` as the settings say.
 
     Raises:
         InputError: tables or images cannot be used.
@@ -75,7 +75,9 @@ def read_split(config: Config, *, skip_bad: bool = False) -> Split:
     ids = [sorted((sample.id, sample.label) for sample in part) for part in parts]
     digest = hashlib.sha256(repr((ids, classes)).encode()).hexdigest()
     folder, bound = config.data.cache, config.data.cache_gb
-    cache = Cache(folder, [sample.path for sample in samples], bound) if folder else None
+    cache = None
+    if cached and folder:
+        cache = Cache(folder, [sample.path for sample in samples], bound)
     return Split(*parts, classes, digest, cache)
 
 

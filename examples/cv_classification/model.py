@@ -24,6 +24,7 @@ from cv_classification.config import (
     override_runtime,
 )
 from cv_classification.data import Classes
+from cv_classification.plain import brief
 from portable_amp import load_checkpoint
 
 
@@ -67,10 +68,14 @@ def check_model(config: ModelConfig) -> None:
     Raises:
         InputError: timm has no such model or weights, or they do not go with `tune`.
     """
-    architecture = config.name.partition(".")[0]  # what follows the dot names pretrained weights
+    architecture, dot, tag = config.name.partition(".")
     if not timm.is_model(architecture):
         hint = nearest(architecture, timm.list_models())
-        raise InputError(f"model.name={config.name!r} is no model of timm; {hint}")
+        raise InputError(f"model.name={brief(config.name)} is no model of timm; {hint}")
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if dot and tag not in tags:
+        why = f"{architecture} has no such weights; {nearest(tag, tags)}"
+        raise InputError(f"model.name={brief(config.name)}: {why}")
     if config.weights is not None and not config.weights.is_file():
         raise InputError(f"model.weights={str(config.weights)!r} is no file")
     # timm would only log that it has none, and train from scratch.

@@ -87,6 +87,7 @@ def write_report(
         about=about,
         numbers={**measure(probs, labels), "calibration_error": error},
         history=history,
+        nan=math.nan,
         curves=[(columns, _curves(history, columns)) for columns in CURVES if history],
         names=classes.names,
         classes=rows,
@@ -111,7 +112,7 @@ def _curves(history: Sequence[Mapping[str, float]], columns: Mapping[str, str]) 
     axes = figure.subplots()
     epochs = [row["epoch"] for row in history]
     for key, name in columns.items():
-        axes.plot(epochs, [row[key] for row in history], ".-", label=name)
+        axes.plot(epochs, [row.get(key, math.nan) for row in history], ".-", label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.legend()

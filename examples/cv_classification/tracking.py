@@ -21,8 +21,25 @@ def check_tracking(config: Config) -> None:
         InputError: it is not.
     """
     for name in config.tracking:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder, such as W&B makes of its name
             raise InputError(f"tracking={name!r} is not installed here; pip install {name}")
+
+
+def read_history(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl, or none where there is no such file.
+
+    Raises:
+        InputError: it is damaged, or of something else.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
+        try:
+            rows.append({name: float(value) for name, value in json.loads(line).items()})
+            int(rows[-1]["epoch"])
+        except Exception as error:  # no JSON, no row, no number
+            raise InputError(f"{path}, line {number}: not the numbers of an epoch") from error
+    return rows
 
 
 class Tracker:
@@ -40,7 +57,12 @@ class Tracker:
             import wandb
 
             settings = config.model_dump(mode="json")
-            self.wandb = wandb.init(project="cv_classification", dir=config.output, config=settings)
+            try:
+                self.wandb = wandb.init(
+                    project="cv_classification", dir=config.output, config=settings
+                )
+            except Exception as error:  # no key, no network
+                raise InputError(f"tracking='wandb' does not start: {error}") from error
 
     def log(self, history: Sequence[Mapping[str, float]]) -> None:
         """Tell the last row; the file always holds all of them."""

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
 from cv_classification.augment import Transform, find_preset
-from cv_classification.config import InputError, check_folder
+from cv_classification.config import InputError, check_output
 from cv_classification.data import COLUMNS, Sample, read_rows, read_unlabelled, write_table
 from cv_classification.device import make_context, tuned
 from cv_classification.images import (
@@ -191,15 +191,12 @@ def predict(
     print(ctx.explain() if explain else ctx.summary())
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     submission = output or folder / "submission.csv"
-    if submission.is_dir():
-        raise InputError(f"the output {str(submission)!r} is a folder; name a file")
-    check_folder(submission.parent)
+    check_output(submission)
     samples = check_images(read_unlabelled(data or first.config.data.path))
     probs = predict_samples(trained, samples, ctx, tta=tta, passes=mc_dropout)
     targets = first.classes.targets
     guesses = [targets[guess] for guess in probs.argmax(1).tolist()]
     rows = [(one.id, guess) for one, guess in zip(samples, guesses, strict=True)]
-    submission.parent.mkdir(parents=True, exist_ok=True)
     write_table(submission, COLUMNS, rows, lambda file: check_submission(file, samples, targets))
     print(f"{len(rows)} predictions: {submission}")
     return submission

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 import cv_classification.augment as augment
-from cv_classification.augment import PRESETS, Transform, find_preset
+from cv_classification.augment import PRESETS, Transform, View, find_preset
 from cv_classification.config import InputError
 from cv_classification.tta import VIEWS
 
@@ -129,7 +130,7 @@ def test_a_square_of_white_is_padded_around_what_keeps_its_aspect() -> None:
 def test_views_are_known_and_begin_with_the_image_itself(name: str) -> None:
     views = find_preset(name).views
     assert views[0] == "identity"
-    assert set(views) <= VIEWS.keys()
+    assert set(views) <= VIEWS.keys() == set(get_args(View))
 
 
 GOOD: dict[str, Any] = {
@@ -153,6 +154,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no stage": ({"stages": []}, "stages: .*at least 1"),
     "no group": ({"stages": [[]]}, "stages.0: .*at least 1"),
     "no view": ({"views": []}, "views: .*at least 1"),
+    "unknown view": ({"views": ["identity", "sideways"]}, "views.1: Input should be 'identity'"),
     "unknown setting": ({"pad": 3}, "pad: Extra inputs"),
     "fill": ({"fill": 256}, "fill: .*255"),
 }
@@ -185,3 +187,10 @@ def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
         InputError, match="'documents-middel' is no preset; did you mean 'documents-mi"
     ):
         find_preset("documents-middel")
+
+
+@pytest.mark.parametrize("text", ["none: [", "none: {}\nnone: {}", "- none", "none: 3", "\0"])
+def test_presets_that_are_no_yaml_are_told(text: str, presets: Path) -> None:
+    presets.write_text(text)
+    with pytest.raises(InputError, match=re.escape(presets.name)):
+        find_preset("none")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import shutil
+import signal
+import stat
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
 
 from cv_classification.__main__ import main
+from cv_classification.config import Config, InputError, load_config
+from cv_classification.data import read_rows
+from cv_classification.tracking import Tracker, check_tracking
 from portable_amp import load_checkpoint, save_checkpoint
 
 from .conftest import MODEL, write_csv, write_image, write_tiny
@@ -74,6 +83,28 @@ def change_checkpoint(**values: Any) -> Change:
     return change
 
 
+def replace(name: str, make: Callable[[Path], object]) -> Change:
+    def change(root: Path) -> None:
+        (root / name).unlink()
+        make(root / name)
+
+    return change
+
+
+def config(text: str, said: str) -> Case:
+    """Training with a config of that text."""
+    return Case(f"{TRAIN} --config {{root}}/c.yaml", said, write("c.yaml", text))
+
+
+def write_png_header(path: Path, side: int) -> None:
+    """Of a picture of so many pixels, and nothing after it."""
+    write_image(path, 0)
+    content = bytearray(path.read_bytes())
+    content[16:24] = 2 * side.to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
 class Code:
     """Leaves a trace if it is ever unpickled."""
 
@@ -123,6 +154,9 @@ CASES = {
     "unknown precision": Case(f"{TRAIN} precision=fp12", "precision='fp12': it is no precision"),
     "unknown model": Case(
         f"{TRAIN} model.name=resnet1818", "'resnet1818' is no model of timm; did you mean"
+    ),
+    "unknown weights of a model": Case(
+        f"{TRAIN} model.name=resnet18.a1_in2k", "has no such weights; did you mean 'a1_in1k'"
     ),
     "no pretrained weights": Case(
         f"{TRAIN} model.name=resnet20ts model.pretrained=true", "is no model of timm"
@@ -191,6 +225,36 @@ CASES = {
         f"{TRAIN} --config {{root}}/c.yaml", "c.yaml: there is no setting 'sede'; did you mean",
         write("c.yaml", "sede: 3"),
     ),
+    # YAML that is valid, and no settings.
+    "key twice": config("seed: 1\nseed: 2", "line 2: 'seed' is there twice"),
+    "section twice": config(
+        "train: {epochs: 3}\nseed: 1\ntrain: {lr: 1}", "line 3: 'train' is there twice"
+    ),
+    "no integer by its tag": config("seed: !!int abc", "invalid literal for int()"),
+    "no date by its tag": config("seed: !!timestamp now", "is not valid YAML"),
+    "date": config("seed: 2001-01-01", "seed='2001-01-01'"),
+    "date by its tag": config("seed: !!timestamp 2001-01-01", "seed is a date, not a word"),
+    "set": config("tracking: !!set {wandb}", "tracking is a set, not a word"),
+    "bytes": config("data: {cache: !!binary aGk=}", "data.cache is a bytes, not a word"),
+    "5,000 digits": config(f"seed: {'9' * 5000}", "is not valid YAML: Exceeds the limit"),
+    "400 digits": config(f"train: {{lr: {'9' * 400}}}", "train.lr is beyond 64 bits"),
+    "1,500 levels": config("[" * 1500 + "]" * 1500, "nested too deep"),
+    "key that is no word": config("train: {schedule_options: {1: 2}}", "has the key 1, which is"),
+    "key that is a list": config("? [1]\n: 2", "unhashable key"),
+    "cycle": config("train: {schedule_options: &a {x: *a}}", "hold too much, or themselves"),
+    "ten thousand million laughs": config(
+        "a0: &a0 x\n"
+        + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 11)),
+        "hold too much, or themselves",
+    ),
+    "NUL": config('data: {cache: "a\\0b"}', "data.cache has a NUL in it"),
+    "half a surrogate": config('data: {cache: "\\uD800"}', "data.cache is no text"),
+    "NaN": config("train: {schedule_options: {min_lr: .nan}}", "min_lr is not finite"),
+    "infinity": config("train: {max_norm: 1e999}", "max_norm is not finite"),
+    "truth for a rate": Case(f"{TRAIN} train.lr=true", "train.lr=True: Input should be a valid"),
+    "too many processes": Case(f"{TRAIN} data.workers=99999", "data.workers=99999"),
+    "too many folds": Case(f"{TRAIN} data.folds=1000000000", "data.folds=1000000000"),
+    "endless word": config(f"train: {{optimizer: {'x' * 5000}}}", "train.optimizer='xxx"),
     # Tables.
     "no data": Case(f"{TRAIN} data.path={{root}}/no", "there is no data folder"),
     "no column": Case(
@@ -209,10 +273,24 @@ CASES = {
         "data/train.csv", "naïve 3 写真 0", "/etc/x")),
     "target in words": Case(TRAIN, "line 2: the target 'three' is not a whole number", edit(
         "data/train.csv", "0.png,3", "0.png,three")),
-    "target is missing": Case(TRAIN, "the target '' is not a whole number", edit(
+    "target is missing": Case(TRAIN, "line 2 has 1 fields, not 2", edit(
         "data/train.csv", "0.png,3", "0.png")),
     "target not in meta": Case(TRAIN, "the target 4 of", edit(
         "data/train.csv", "0.png,3", "0.png,4")),
+    "column twice": Case(TRAIN, "train.csv has the column 'target' twice", edit(
+        "data/train.csv", "ID,target", "ID,target,target")),
+    "comma in a name": Case(TRAIN, "meta.csv, line 2 has 3 fields, not 2", edit(
+        "data/meta.csv", "dark", "dark, very")),
+    "field too many": Case(TRAIN, "train.csv, line 2 has 3 fields, not 2", edit(
+        "data/train.csv", "0.png,3", "0.png,3,5")),
+    "ID twice in two spellings": Case(TRAIN, "the ID './/naïve 3 写真 0.png' is there twice", edit(
+        "data/train.csv", "naïve 3 写真 1", ".//naïve 3 写真 0")),
+    "NUL in an ID": Case(TRAIN, "not a path inside" if sys.version_info >= (3, 11) else "NUL", edit(
+        "data/train.csv", "naïve 3 写真 0", "a\0b")),
+    "target in other digits": Case(TRAIN, "is not a whole number", edit(
+        "data/train.csv", "0.png,3", "0.png,\N{FULLWIDTH DIGIT THREE}")),
+    "target of 5,000 digits": Case(TRAIN, "is not a whole number", edit(
+        "data/train.csv", "0.png,3", f"0.png,{'3' * 5000}")),
     "meta twice": Case(TRAIN, "meta.csv, line 3: the target 3 is there twice", edit(
         "data/meta.csv", "5,grey", "3,grey")),
     "one image of a class": Case(TRAIN, "'bright' has 1 images; 2 work", one_image_of_a_class),
@@ -222,6 +300,41 @@ CASES = {
     "image truncated": Case(TRAIN, "写真 0.png: truncated or damaged", truncate(FIRST)),
     "image is none": Case(TRAIN, "写真 0.png: not an image", write(FIRST, "GIF? No.")),
     "image is empty": Case(TRAIN, "写真 0.png: not an image", write(FIRST, "")),
+    "image is a pipe": Case(TRAIN, "写真 0.png: not a file", replace(FIRST, os.mkfifo)),
+    "image is a folder": Case(TRAIN, "写真 0.png: not a file", replace(FIRST, os.mkdir)),
+    "image is a device": Case(TRAIN, "写真 0.png: not a file", replace(
+        FIRST, lambda path: path.symlink_to("/dev/zero"))),
+    "image is a link to itself": Case(TRAIN, "too many levels of symbolic links", replace(
+        FIRST, lambda path: path.symlink_to(path))),
+    "image is a drawing": Case(TRAIN, "写真 0.png: not an image", write(
+        FIRST, '<svg xmlns="http://www.w3.org/2000/svg"/>')),
+    "image is a program": Case(TRAIN, "写真 0.png: not an image", write(  # for Ghostscript
+        FIRST, "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")),
+    "image of too many pixels": Case(TRAIN, "50000 x 50000 pixels are too many", replace(
+        FIRST, lambda path: write_png_header(path, 50_000))),
+    "photos of a phone": Case(
+        f"{TRAIN} data.path={{root}}/folders", "cat/0.HEIC: not an image that can be read here",
+        lambda root: (write_folders(root, "cat", "dog"), write("folders/cat/0.HEIC", "heic")(root)),
+    ),
+    "photos of a phone to predict": Case(
+        f"{PREDICT} --data {{root}}/folders", "cat/0.HEIC: not an image that can be read here",
+        lambda root: (write_folders(root, "cat"), write("folders/cat/0.HEIC", "heic")(root)),
+    ),
+    "folders in a class": Case(
+        f"{TRAIN} data.path={{root}}/split", "train' has a folder in it: {root}/split/train/cat",
+        lambda root: (write_folders(root, "cat"), (root / "split").mkdir(),
+                      (root / "folders").rename(root / "split/train")),
+    ),
+    "name that is no UTF-8": Case(
+        f"{PREDICT} --data {{root}}/folders", r"cannot hold the name 'cat/caf\udce9.png'",
+        lambda root: (write_folders(root, "cat"), (root / "folders/cat/0.png").rename(
+            os.fsdecode(os.fsencode(root) + b"/folders/cat/caf\xe9.png"))),
+    ),
+    "name that is a drive on Windows": Case(
+        f"{PREDICT} --data {{root}}/folders/cat", "cannot hold the name 'c:0.png'",
+        lambda root: (write_folders(root, "cat"), (root / "folders/cat/0.png").rename(
+            root / "folders/cat/c:0.png")),
+    ),
     "test image truncated": Case(PREDICT, "0.png: truncated", truncate("data/test/0.png")),
     # Folders.
     "empty folder": Case(
@@ -290,6 +403,17 @@ CASES = {
     "demo into a file": Case("demo --out {root}/data/train.csv", "cannot be a folder"),
     "demo of no model": Case("demo --out {root}/new model.name=nothing", "is no model of timm"),
     "submission is a folder": Case(f"{PREDICT} --output {{root}}/data", "is a folder"),
+    "submission nowhere": Case(f"{PREDICT} --output /proc/x.csv", "'/proc' cannot be written"),
+    "report nowhere": Case("report {root}/run --output /proc/x.html", "'/proc' cannot be written"),
+    "submission onto a full disk": Case(f"{PREDICT} --output /dev/full", "No space left"),
+    "damaged history": Case(
+        "report {root}/run", "metrics.jsonl, line 1: not the numbers of an epoch",
+        truncate("run/metrics.jsonl"),
+    ),
+    "history of something": Case(
+        "report {root}/run", "metrics.jsonl, line 2: not the numbers of an epoch",
+        edit("run/metrics.jsonl", "}\n", '}\n{"epoch": [1]}\n'),
+    ),
     "submission in a file": Case(
         f"{PREDICT} --output {{root}}/data/train.csv/x.csv", "cannot be a folder"
     ),
@@ -329,8 +453,14 @@ def root(template: Path, tmp_path: Path) -> Any:
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:
+    def is_read(path: Path) -> bool:
+        try:
+            return stat.S_ISREG(path.stat().st_mode)
+        except OSError:  # a link to itself
+            return False
+
     return {
-        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
+        str(path.relative_to(root)): path.read_bytes() if is_read(path) else None
         for path in root.rglob("*")
     }
 
@@ -358,3 +488,151 @@ def test_bad_images_can_be_skipped(root: Path, capsys: pytest.CaptureFixture[str
     assert "写真 0.png: truncated or damaged" in said.out
     assert "18 images to train on, 5 to validate" in said.out
     assert said.err == ""
+
+
+def run(root: Path, argv: str) -> int:
+    return main([word.replace("{root}", str(root)) for word in argv.split()])
+
+
+def test_junk_is_passed_over_and_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folders(root, "cat", "dog")
+    for junk in ("cat/._0.png", "dog/notes.txt", "__MACOSX/cat/._0.png", ".DS_Store"):
+        (root / "folders" / junk).parent.mkdir(parents=True, exist_ok=True)
+        write(f"folders/{junk}", b"\0\5\x16\7")(root)
+    argv = TRAIN.replace("data.path={root}/data", "data.path={root}/folders")
+    assert run(root, f"{argv} train.epochs=1") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    (line,) = [line for line in said.out.splitlines() if "passed over" in line]
+    assert line.startswith("passed over 4 that are no images: ")
+    assert "6 images to train on, 2 to validate" in said.out
+    argv = "predict {root}/run --data {root}/folders --output {root}/new/s.csv device=cpu"
+    assert run(root, argv) == 0
+    assert "passed over 4" in capsys.readouterr().out
+    assert [name for name, _ in read_rows(root / "new/s.csv")] == [
+        f"{name}/{index}.png" for name in ("cat", "dog") for index in range(4)
+    ]
+
+
+def test_settings_stand_anywhere(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "data").rename(root / "moved")
+    argv = "evaluate device=cpu data.path={root}/moved {root}/run --explain data.batch_size=2"
+    assert run(root, argv) == 0
+    assert "validation images" in capsys.readouterr().out
+    assert run(root, "predict --output {root}/a=b.csv --data {root}/moved {root}/run") == 0
+    assert (root / "a=b.csv").is_file()
+
+
+def test_yaml_means_what_it_seems_to(root: Path) -> None:
+    text = "train: {lr: 1e-3, epochs: 010, schedule_options: {min_lr: 1e-6}}\r\ndata: {offline: no}"
+    (root / "c.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())  # as an editor on Windows
+    read = load_config(root / "c.yaml", ["train.warmup_epochs=+1", "seed=7"])
+    assert (read.train.lr, read.train.epochs, read.train.warmup_epochs) == (0.001, 10, 1)
+    assert read.train.schedule_options == {"min_lr": 1e-6}
+    assert read.data.offline is False
+    assert read.seed == 7
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "report"])
+def test_where_nothing_can_be_written_nothing_is_computed(
+    command: str, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is there, and takes no files: read-only, even for root."""
+
+    def computed(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("it began")
+
+    for module in ("train.read_split", "tta.predict_samples", "evaluate.predict_samples"):
+        monkeypatch.setattr(f"cv_classification.{module}", computed)
+    output = "output=/proc/self" if command == "train" else "--output /proc/self/x"
+    start = TRAIN if command == "train" else f"{command} {{root}}/run"
+    assert run(root, f"{start} {output}") == 2
+    assert "'/proc/" in capsys.readouterr().err
+
+
+def test_a_link_stays_and_its_target_is_written(root: Path) -> None:
+    (root / "results").mkdir()
+    (root / "s.csv").symlink_to("results/s.csv")
+    for _ in range(2):  # it leads nowhere, at first
+        assert run(root, f"{PREDICT} --output {{root}}/s.csv") == 0
+        assert (root / "s.csv").is_symlink()
+        assert len(read_rows(root / "results/s.csv")) == 3
+        assert [path.name for path in (root / "results").iterdir()] == ["s.csv"]
+
+
+@pytest.mark.parametrize("to", ["pipe", "file", "null"])
+def test_a_device_and_standard_output_are_written_to(to: str, root: Path) -> None:
+    before = Path("/dev/null").stat()
+    output = "/dev/null" if to == "null" else "/dev/stdout"
+    command = [sys.executable, "-m", "cv_classification", "predict", f"{root}/run"]
+    with (root / "out").open("wb") as file:
+        done = subprocess.run(
+            [*command, "--output", output, "device=cpu"], check=False, stderr=subprocess.PIPE,
+            stdout=file if to == "file" else subprocess.PIPE,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    said = (root / "out").read_bytes() if to == "file" else done.stdout
+    assert (b"ID,target\n2.png," in said) == (to != "null")
+    assert said.rstrip().endswith(f"3 predictions: {output}".encode())
+    assert Path("/dev/null").stat().st_ino == before.st_ino
+
+
+def test_a_folder_is_no_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """W&B leaves ./wandb where it has run, which Python would import as an empty package."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / "wandb").mkdir()
+    with pytest.raises(InputError, match="not installed here"):
+        check_tracking(Config(tracking=("wandb",)))
+    (tmp_path / "wandb" / "__init__.py").write_text("def init(**_): raise OSError('no key')")
+    importlib.invalidate_caches()
+    check_tracking(Config(tracking=("wandb",)))
+    with pytest.raises(InputError, match="wandb' does not start: no key"):
+        Tracker(Config(output=tmp_path, tracking=("wandb",)), 0)
+
+
+@pytest.mark.parametrize("how", ["killed", "exits", "fails"])
+def test_a_dead_worker_is_one_line(
+    how: str, root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> NoReturn:
+        if how == "fails":
+            raise PermissionError(13, "Permission denied", "the cache")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(3)
+
+    monkeypatch.setattr("cv_classification.images.ImageDataset.__getitems__", die)
+    assert run(root, f"{PREDICT} data.workers=1") == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1, said
+    assert ("Permission denied" if how == "fails" else "fewer data.workers") in said
+    assert "Traceback" not in said
+
+
+def test_out_of_memory_is_one_line(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr("cv_classification.images.ImageDataset.__getitems__", full)
+    assert run(root, PREDICT) == 2
+    assert capsys.readouterr().err.startswith("out of memory: Unable to allocate 9 TiB; a smaller")
+
+
+def test_a_name_that_no_terminal_shows_is_trained_on(root: Path) -> None:
+    write_folders(root, "cat", "dog")
+    latin = os.fsdecode(os.fsencode(root / "folders") + b"/caf\xe9")
+    (root / "folders/cat").rename(latin)
+    argv = TRAIN.replace("{root}/data", "{root}/folders").replace("{root}", str(root))
+    command = [sys.executable, "-m", "cv_classification", *argv.split(), "train.epochs=1"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (root / "new/report.html").read_text("utf-8").count("caf?")
+    assert main(["evaluate", str(root / "new")]) == 0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import pickle
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,7 @@ from torch.utils.data import DataLoader
 from cv_classification.augment import PRESETS, Transform, find_preset
 from cv_classification.config import Config, DataConfig, InputError, TrainConfig
 from cv_classification.data import Sample
-from cv_classification.decode import read_image
+from cv_classification.decode import Cache, read_image
 from cv_classification.images import (
     Draws,
     ImageDataset,
@@ -249,6 +253,62 @@ def test_bad_images_are_skipped_only_when_told(
     assert "skipped" in capsys.readouterr().out
     with pytest.raises(InputError, match="1 of 1 images"):
         check_images([gone], skip_bad=True)
+
+
+PIXELS = np.arange(60 * 80 * 3).reshape(60, 80, 3).astype(np.uint8)
+
+
+def cached(tmp_path: Path) -> Cache:
+    if not (tmp_path / "picture.png").exists():
+        Image.fromarray(PIXELS).save(tmp_path / "picture.png")
+    return Cache(tmp_path / "cache", [tmp_path / "picture.png"], 1.0)
+
+
+def test_a_cache_has_its_room_on_the_disk(tmp_path: Path) -> None:
+    """What is not there when a mapped file is written to ends in SIGBUS."""
+    cache = cached(tmp_path)
+    size = cache.file.stat().st_size
+    assert size == 8 + PIXELS.size
+    assert 512 * cache.file.stat().st_blocks >= size
+    assert np.array_equal(cache.read(tmp_path / "picture.png"), PIXELS)
+    again = cached(tmp_path)  # which leaves what is in it
+    assert again.file.read_bytes()[8:] == PIXELS.tobytes()
+
+
+@pytest.mark.parametrize("function", [True, False])  # macOS has none
+def test_a_cache_on_a_full_disk_is_refused(
+    function: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if function:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    else:
+        monkeypatch.delattr(os, "posix_fallocate")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9000))
+    with pytest.raises(InputError, match=r"No space left.*data\.cache_gb"):
+        cached(tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
+    if not function:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+        assert cached(tmp_path).file.stat().st_size == 8 + PIXELS.size
+
+
+def test_pictures_of_a_hundred_megapixels_are_read_without_a_warning(tmp_path: Path) -> None:
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "scan.png")
+    assert check_images([Sample("scan", tmp_path / "scan.png")])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (65_500, 1), (1, 65_500)])
+@pytest.mark.parametrize("preset", ["none", "documents"])
+def test_pictures_of_any_shape_are_fitted(
+    preset: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    Image.new("L", size, 7).save(tmp_path / "strip.png")
+    transform = Transform(find_preset(preset), 24)
+    for variant in range(1 + sum(map(len, transform.stages))):
+        assert transform(read_image(tmp_path / "strip.png"), variant).shape == (24, 24, 3)
 
 
 ORACLES: dict[str, Any] = {
