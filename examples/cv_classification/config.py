@@ -182,10 +182,12 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
     Raises:
         InputError: one differs.
     """
-    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
-    for name in sorted(new.keys() - set(RESUMABLE)):
-        if new[name] != old.get(name):
-            raise InputError(f"{name}={new[name]!r}: the run to resume has {old.get(name)!r}")
+    # What a setting is that came after the run was saved is told by its default.
+    old = _flat(check_config(saved, "the run to resume").model_dump(mode="json"))
+    new = _flat(config.model_dump(mode="json"))
+    for name in sorted((old.keys() | new.keys()) - set(RESUMABLE)):
+        if (have := new.get(name)) != (had := old.get(name)):
+            raise InputError(f"{name}={brief(have)}: the run to resume has {brief(had)}")
 
 
 def check_path(text: str) -> Path:

@@ -105,6 +105,12 @@ def write_png_header(path: Path, side: int) -> None:
     path.write_bytes(content)
 
 
+def change_config(root: Path, **sections: dict[str, Any]) -> None:
+    saved = load_checkpoint(root / "run/last.pt")["config"]
+    merged = {name: {**saved[name], **section} for name, section in sections.items()}
+    change_checkpoint(config={**saved, **merged})(root)
+
+
 class Code:
     """Leaves a trace if it is ever unpickled."""
 
@@ -203,6 +209,16 @@ CASES = {
     "resume what": Case(f"{TRAIN} --resume=perhaps", "invalid choice: 'perhaps'"),
     "resumed with other settings": Case(
         f"{TRAIN} output={{root}}/run --resume auto train.lr=3", "the run to resume has"
+    ),
+    "resumed without an option": Case(
+        f"{TRAIN} output={{root}}/run --resume auto precision=fp32 data.batch_size=4 "
+        "data.validation=0.25 train.epochs=1",
+        "train.schedule_options.cycle_mul=None: the run to resume has 2",
+        lambda root: change_config(root, train={"schedule_options": {"cycle_mul": 2}}),
+    ),
+    "resumed with no config": Case(
+        f"{TRAIN} output={{root}}/run --resume auto", "the run to resume: =3.5",
+        change_checkpoint(config=3.5),
     ),
     "report of nothing": Case("report {root}/data", "there is no checkpoint"),
     "a setting in a value": Case(f"{TRAIN} seed=3 seed.x=1", "'seed' is a value"),
