@@ -14,6 +14,8 @@ settings.register_profile(
 )
 # Three times as many for each of the two state machines: 2,400 in all.
 settings.register_profile("ci", settings.get_profile("default"), max_examples=400)
+# For the nights: hours, of which test_example_fuzz.py takes half.
+settings.register_profile("nightly", settings.get_profile("default"), max_examples=16_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
