@@ -20,11 +20,11 @@ from portable_amp.backends import (
     torch_function,
 )
 from portable_amp.capabilities import Capabilities, probe
-from portable_amp.distributed import agree_on_plan, of_rank_0
+from portable_amp.distributed import agree_on_plan, common_to_ranks, of_rank_0
 from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
 from portable_amp.memory import clear_cache, memory_stats
 from portable_amp.notices import tell_once
-from portable_amp.plan_cache import keep, recall, signature
+from portable_amp.plan_cache import forget_plan, keep, recall, signature
 from portable_amp.precision import Precision, PrecisionPlan, choose
 from portable_amp.scaler import ScalerShim
 from portable_amp.transfer import fetch, loader_options, prefetch, to_device
@@ -131,7 +131,7 @@ class DeviceContext:
         *,
         loss: Callable[[torch.nn.Module, Any], torch.Tensor] = mean_square,
         budget_s: float = 60.0,
-        cache: bool = True,
+        cache: bool | str = True,
         compile: bool = False,
     ) -> DeviceContext:
         """The same device with the plan that is fastest for this model and batch, measured.
@@ -139,9 +139,11 @@ class DeviceContext:
         Tried are fp32, bf16 and fp16, each with images contiguous and channels last, on copies: the
         model, its gradients and the random state stay as they are. A precision that was asked for
         is kept, and only the rest is tried. What is too far from fp32 is out: for 16 bits 5 % of
-        the loss, 20 % of the gradient, 45 % of one parameter's; `explain()` has all times. For a
+        the loss, 20 % of the gradient, 45 % of one parameter's; `explain()` has all times. The
+        first of the rest, contiguous and in fp32, is kept unless another is faster beyond doubt.
+        Where noise hides whether one is, `plan.settled` is False, and the plan is not kept. For a
         model in evaluation mode `plan.chunk` is how many samples of the batch one pass is fastest
-        with. Every rank must call it; rank 0 decides.
+        with. Every rank must call it; rank 0 decides, for ranks that can all compute its plan.
 
         Args:
             model: in training mode forward and backward are measured, else the forward pass.
@@ -151,37 +153,49 @@ class DeviceContext:
             budget_s: seconds after which no further round begins.
             compile: measure the fastest one compiled, too; that compiles, for up to minutes.
                 Where `plan.compiled` says that it pays, call `model.compile()`.
-            cache: keep the plan for the next run, in $PORTABLE_AMP_CACHE or ~/.cache/portable-amp.
+            cache: keep the plan for the next run, in $PORTABLE_AMP_CACHE or ~/.cache/portable-amp;
+                "renew" forgets the one that was kept, and measures anew.
 
         Raises:
             RuntimeError: the model fails on this batch in fp32 already, or computes something else
-                in the precision that was asked for.
+                in the precision that was asked for; it cannot be copied, or has 16-bit weights.
+            UnsupportedPrecisionError: under "raise", some rank cannot compute rank 0's plan.
 
         >>> ctx = DeviceContext("cpu").tuned(torch.nn.Linear(8, 3), torch.randn(4, 8), cache=False)
         >>> ctx.plan.request
         'tuned'
         """
+        if cache not in (True, False, "renew"):
+            raise ValueError(f"cache={cache!r}: True, False or 'renew' work here")
         model = model.module if isinstance(model, DistributedDataParallel) else model
-
+        # What torch.compile made would be compiled anew for every candidate.
+        model = getattr(model, "_orig_mod", model)
         open_to_all = self.plan.request in ("auto", TUNED)
         dtype = None if open_to_all else self.plan.dtype
 
         def measured() -> PrecisionPlan:
-            key = signature(model, batch, self.capabilities, dtype=dtype, compiled=compile)
+            can = self.capabilities
+            key = signature(model, batch, can, loss=loss, dtype=dtype, compiled=compile)
+            if cache == "renew":
+                forget_plan(key)
             kept = recall(key) if cache else None
             if kept:
                 return kept
-            plain = _restore(self.device, self.capabilities, choose("fp32", self.capabilities), "")
-            plan = tune(
-                model, batch, self.device, self.capabilities,
-                loss=loss, budget_s=budget_s, dtype=dtype, compiled=compile,
-                wait=self.synchronize, move=plain.to,
-            )  # fmt: skip
-            if cache:
+            plain = _restore(self.device, can, choose("fp32", can), "")
+            with torch.inference_mode(False):  # whatever surrounds the call
+                plan = tune(
+                    model, batch, self.device, can,
+                    loss=loss, budget_s=budget_s, dtype=dtype, compiled=compile,
+                    wait=self.synchronize, move=plain.to,
+                )  # fmt: skip
+            if cache and plan.settled:
                 keep(key, plan)
             return plan
 
-        return _restore(self.device, self.capabilities, of_rank_0(measured), self.unsupported)
+        plan = common_to_ranks(of_rank_0(measured), self.capabilities)
+        tuned = _restore(self.device, self.capabilities, plan, self.unsupported)
+        tuned._tell()
+        return tuned
 
     def scaler(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -102,11 +102,27 @@ def agree_on_plan(request: Precision, capabilities: Capabilities) -> PrecisionPl
     Ranks that differ (two kinds of card, two versions of torch) would otherwise exchange gradients
     of different precision, or wait for each other in different steps.
     """
+    everyone = _of_all_ranks(capabilities)
+    return common_plan(request, everyone) if len(everyone) > 1 else choose(request, capabilities)
+
+
+def common_to_ranks(plan: PrecisionPlan, capabilities: Capabilities) -> PrecisionPlan:
+    """The plan that rank 0 measured, if all ranks can compute it; else fp32. Every rank must call.
+
+    Ranks whose devices are alike follow rank 0 in what they only emulate, too: it was measured.
+    """
+    everyone = _of_all_ranks(capabilities)
+    alike = all(one.name == everyone[0].name for one in everyone)
+    common = plan if alike else common_plan(plan.name, everyone)
+    return plan if common.dtype is plan.dtype else replace(common, request=plan.request)
+
+
+def _of_all_ranks(capabilities: Capabilities) -> list[Capabilities]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return choose(request, capabilities)
+        return [capabilities]
     everyone: list[Capabilities] = [capabilities] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, capabilities)
-    return common_plan(request, everyone)
+    return everyone
 
 
 def of_rank_0(decide: Callable[[], T]) -> T:

@@ -6,6 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +22,100 @@ from portable_amp.tuning import LAYOUTS, NAMES
 
 CACHE_VARIABLE = "PORTABLE_AMP_CACHE"
 
+# What decides which kernels run, below `torch`; a function is called. Which exist depends on the
+# version of torch and how it was built.
+_MODES = (
+    "get_default_dtype", "are_deterministic_algorithms_enabled", "is_anomaly_enabled",
+    "is_deterministic_algorithms_warn_only_enabled", "get_float32_matmul_precision",
+    "backends.fp32_precision", "backends.cuda.matmul.fp32_precision",
+    "backends.cudnn.fp32_precision", "backends.cudnn.conv.fp32_precision",
+    "backends.cudnn.rnn.fp32_precision", "backends.mkldnn.fp32_precision",
+    "backends.mkldnn.matmul.fp32_precision", "backends.mkldnn.conv.fp32_precision",
+    "backends.mkldnn.rnn.fp32_precision", "backends.cuda.matmul.allow_tf32",
+    "backends.cudnn.allow_tf32", "backends.mkldnn.allow_tf32",
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_fp16_accumulation", "backends.mkldnn.enabled",
+    "backends.mkldnn.deterministic", "backends.cudnn.enabled", "backends.cudnn.benchmark",
+    "backends.cudnn.deterministic", "backends.cuda.flash_sdp_enabled",
+    "backends.cuda.mem_efficient_sdp_enabled", "backends.cuda.math_sdp_enabled",
+    "backends.cuda.cudnn_sdp_enabled", "backends.cuda.preferred_linalg_library",
+    "backends.cuda.preferred_blas_library",
+)  # fmt: skip
+# Read by the libraries below torch.
+_VARIABLES = (
+    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA", "PYTORCH_MPS_FAST_MATH", "PYTORCH_MPS_PREFER_METAL",
+)  # fmt: skip
+
 
 def signature(
     model: torch.nn.Module,
     batch: Any,
     capabilities: Capabilities,
     *,
+    loss: Callable[..., Any],
     dtype: torch.dtype | None = None,
     compiled: bool = False,
 ) -> str:
     """A key for all that a measurement depends on."""
     facts = (
-        [(name, type(module).__name__) for name, module in model.named_modules()],
-        [(name, [*one.shape], str(one.dtype)) for name, one in model.state_dict().items()],
-        [([*one.shape], str(one.dtype)) for one in tensors_in(batch)],
-        (
-            model.training,
-            str(dtype),
-            compiled,
-            capabilities.name,
-            capabilities.device_type,
-            capabilities.evidence,
-        ),
-        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "3"),
+        [(name, *_computes(module)) for name, module in model.named_modules()],
+        [_lies(one) for one in model.state_dict(keep_vars=True).items()],
+        [_lies(("", one)) for one in tensors_in(batch)],
+        _code(loss),
+        (str(dtype), compiled),
+        (capabilities.name, capabilities.device_type, capabilities.evidence),
+        numeric_modes(),
+        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "4"),
     )
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
+    text = re.sub(r"\b0x[0-9a-fA-F]+", "", json.dumps(facts, default=repr))  # addresses
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def numeric_modes() -> list[str]:
+    """How this process computes, as far as torch and the environment tell.
+
+    torch raises where the new names (2.9+) were set and the old ones are read, and the reverse
+    (pytorch#189955); the new names then tell the same.
+    """
+    found = [f"{name}={os.environ.get(name)}" for name in _VARIABLES]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old names
+        for name in _MODES:
+            value: Any = torch
+            try:
+                for part in name.split("."):
+                    value = getattr(value, part)
+                found.append(f"{name}={value() if callable(value) else value}")
+            except (AttributeError, RuntimeError):
+                found.append(f"{name} is not to be read")
+    return found
+
+
+def _computes(module: torch.nn.Module) -> tuple[Any, ...]:
+    """What a module computes: its code, and its settings."""
+    plain = (bool, int, float, str, type(None))
+    settings = sorted((key, repr(one)) for key, one in vars(module).items() if type(one) in plain)
+    return _code(type(module).forward), type(module).__qualname__, module.extra_repr(), settings
+
+
+def _code(function: Any) -> tuple[Any, ...]:
+    """Which function it is, and what it does, as far as Python tells."""
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    told = (code.co_code.hex(), code.co_names, repr(code.co_consts)) if code else ()
+    return (getattr(function, "__module__", ""), name, *told)
+
+
+def _lies(named: tuple[str, Any]) -> tuple[Any, ...]:
+    """What a tensor is like, but for its values."""
+    name, one = named
+    if not isinstance(one, torch.Tensor) or torch.nn.parameter.is_lazy(one):
+        return name, type(one).__qualname__
+    strides = one.stride() if one.layout is torch.strided else one.layout
+    return name, [*one.shape], str(one.dtype), one.requires_grad, repr(strides)
 
 
 def cache_folder() -> Path:
@@ -56,19 +128,34 @@ def cache_folder() -> Path:
 def recall(key: str) -> PrecisionPlan | None:
     """A plan that was kept; None where there is none that can be read."""
     try:
-        data = json.loads((cache_folder() / f"{key}.json").read_text("utf-8"))
+        path = cache_folder() / f"{key}.json"
+        data = json.loads(path.read_text("utf-8"))
+        chunk, compiled, evidence = data["chunk"], data["compiled"], data["evidence"]
+        if (
+            not (chunk is None or (type(chunk) is int and chunk > 0))
+            or type(compiled) is not bool
+            or type(evidence) is not list
+        ):
+            return None
         dtypes = {name: dtype for dtype, name in NAMES.items()}
         return PrecisionPlan(
             str(data["request"]),
             dtypes[data["dtype"]],
-            str(data["reason"]) + " (kept from an earlier run)",
-            tuple(map(str, data["evidence"])),
+            f"{data['reason']} (kept from an earlier run in {str(path)!r}: delete it, or call "
+            "tuned(cache='renew'), to measure anew)",
+            tuple(map(str, evidence)),
             memory_format=LAYOUTS[data["layout"]],
-            chunk=None if data["chunk"] is None else int(data["chunk"]),
-            compiled=bool(data["compiled"]),
+            chunk=chunk,
+            compiled=compiled,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None  # damaged, or written by another version: measured again
+
+
+def forget_plan(key: str) -> None:
+    """Delete a plan that was kept, if there is one."""
+    with contextlib.suppress(OSError, RuntimeError):
+        (cache_folder() / f"{key}.json").unlink()
 
 
 def keep(key: str, plan: PrecisionPlan) -> None:

@@ -72,6 +72,8 @@ class PrecisionPlan:
     """Samples in one forward pass that inference is fastest with, for `split_on_oom(size=...)`."""
     compiled: bool = False
     """`model.compile()` was measured to be faster still; calling it is the loop's part."""
+    settled: bool = True
+    """False where noise hid whether another plan is faster; such a plan is not kept on disk."""
 
     @property
     def tuned(self) -> bool:

@@ -8,7 +8,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from portable_amp.autocast import maybe_autocast
 from portable_amp.backends import backend_for
 from portable_amp.capabilities import Capabilities, Support
+from portable_amp.memory import is_oom_error
 from portable_amp.nested import length_of, map_tensors, slice_of, tensors_in
 from portable_amp.precision import PrecisionPlan
 from portable_amp.rng import rng_state, set_rng_state
@@ -33,16 +34,66 @@ TOLERANCE = {
 }
 # A later candidate has to be faster by this much: what is equally fast stays simple.
 GAIN = 0.97
-LOSER = 1.25  # this much slower than the best after two rounds, it is not measured on;
-LOST_AT_ONCE = 2.0  # this much, not even for those
-ROUNDS = 11
-CHUNK_ROUNDS = 4
+# Whether another is faster counts as settled where it is, at most, this many times as fast.
+SETTLED = 1.1
+# Student's t for 1, 2, 3 degrees of freedom: an interval of 95 %.
+STUDENT = (12.71, 4.30, 3.18)
+# A CPU that runs a step for less of its time than this is busy: threads that wait for each other
+# are slowed by how often they wait then, in every round alike, and pairs do not show it.
+OURS = 0.75
+ROUNDS = 21
+CHUNK_ROUNDS = 3  # at least, where MOST_STEPS are spent
 # When no further round begins, in steps of the slowest candidate; a round may take four.
 MOST_STEPS = 24
 MOST_STEPS_BEFORE_CHUNKS = 13
 AT_LEAST_S = 0.2  # is spent however quick the steps are: the quickest need the most rounds
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times as fast one is as another: the median of pairs, and its interval (94 %)."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """It is faster, by enough, and noise does not explain it."""
+        return self.low > 1 and self.median * GAIN > 1
+
+    def __str__(self) -> str:
+        if self.high > 4 * self.low:
+            return "too noisy to compare"
+        return f"{self.median:.2f} times as fast ({self.low:.2f} to {self.high:.2f})"
+
+
+def gain(base: Sequence[float], other: Sequence[float]) -> Gain:
+    """How many times as fast `other` is as `base`; seconds, the n-th of both from one round.
+
+    From five rounds on the interval is one of order statistics: were the two equally fast, the
+    median would be outside in 1 of 16 cases at most, whatever the noise is distributed like, and
+    few stalled rounds do not move it. Fewer rounds have to agree with each other: Student's t.
+    """
+    rounds = zip(base, other)  # noqa: B905, one may have left earlier
+    logs = sorted(math.log(one / two) for one, two in rounds)
+    count = len(logs)
+    if count < 2:
+        return Gain(math.exp(logs[0]) if logs else 1.0, 0.0, math.inf)
+    middle = statistics.median(logs)
+    if count < 5:
+        mean = statistics.fmean(logs)
+        half = STUDENT[count - 2] * statistics.stdev(logs) / math.sqrt(count)
+        low, high = min(mean - half, middle), max(mean + half, middle)
+    else:
+        # So many of the least, and of the greatest, are cut off.
+        tails = [sum(math.comb(count, few) for few in range(k + 1)) for k in range(count // 2)]
+        cut = max(k for k, tail in enumerate(tails) if tail * 32 <= 2**count)
+        low, high = logs[cut], logs[count - 1 - cut]
+    most = math.log(1e6)  # more than any plan gains, and less than overflows
+    return Gain(*(math.exp(min(max(one, -most), most)) for one in (middle, low, high)))
 
 
 @dataclass
@@ -54,6 +105,7 @@ class Candidate:
     out: str = ""
     """Why it is none, "" while it is one."""
     seconds: list[float] = field(default_factory=list)
+    """Of its step in each round; one that is clearly slower leaves before the others."""
     compiled: bool = False
 
     @property
@@ -61,11 +113,12 @@ class Candidate:
         """As `explain` has it."""
         return f"{NAMES[self.dtype]} {self.layout}" + (" compiled" if self.compiled else "")
 
-    def told(self) -> str:
-        """A line for `explain`."""
+    def told(self, base: Candidate | None = None) -> str:
+        """A line for `explain`, beside what it is compared with."""
         if self.out:
             return f"{self.name}: out, {self.out}"
-        return f"{self.name}: {statistics.median(self.seconds) * 1e3:.3g} ms"
+        line = f"{self.name}: {statistics.median(self.seconds) * 1e3:.3g} ms"
+        return line if base in (None, self) else f"{line}, {gain(base.seconds, self.seconds)}"
 
 
 def tune(
@@ -86,8 +139,19 @@ def tune(
     With a dtype only plans that compute in it.
 
     Raises:
-        RuntimeError: the model fails in fp32, or computes something else in that dtype.
+        RuntimeError: the model fails in fp32, or computes something else in that dtype; its
+            weights are of 16 bits already; or it cannot be copied.
     """
+    if any(map(torch.nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
+        raise RuntimeError(
+            "the model cannot be measured: it has lazy weights; give it one batch first"
+        )
+    halves = {one.dtype for one in model.parameters()} & {torch.float16, torch.bfloat16}
+    if halves:
+        raise RuntimeError(
+            f"the model cannot be measured: it has weights in {halves.pop()}, and every plan is "
+            "compared with fp32: model.float() first"
+        )
     prepared = copier(model, batch, move)
     shared = functools.cache(prepared)
     found = [
@@ -97,6 +161,7 @@ def tune(
     ]
     before = rng_state()
     clock = _Clock(found, budget_s)
+    duel: list[Candidate] = []
     try:
         runs, reference = [], None
         for one in found:
@@ -108,59 +173,88 @@ def tune(
             if dtype not in (None, one.dtype):
                 one.out = f"{NAMES[dtype]} was asked for"
             runs += [] if one.out else [run]
-        if not runs:
-            raise RuntimeError("; ".join(one.told() for one in found))
         _race(runs, clock)
+        if all(one.out for one in found):
+            raise RuntimeError("; ".join(one.told() for one in found))
         best = fastest(found)
-        if compiled:
-            found.append(Candidate(best.dtype, best.layout, compiled=True))
-            run = _Run(found[-1], prepared, device, loss, wait, training=model.training)
-            run.check(reference)
-            # The two alone, measured anew: what others took before is not to be compared with that.
-            runs = [*(one for one in runs if one.candidate is best), run]
-            runs = [one for one in runs if not one.candidate.out]
-            clock = _Clock(found, budget_s)
-            _race(runs, clock)
-            best = fastest([one.candidate for one in runs])
         (run,) = (one for one in runs if one.candidate is best)
-        per_sample = {} if model.training else run.chunks(clock)
+        if compiled:
+            # The two alone, measured anew: what others took before is not to be compared with that.
+            duel = [Candidate(best.dtype, best.layout, compiled=also) for also in (False, True)]
+            run.candidate = duel[0]
+            clock = _Clock(duel, budget_s)
+            other = _Run(duel[1], prepared, device, loss, wait, training=model.training)
+            other.check(reference)
+            _race([run] if duel[1].out else [run, other], clock)
+            if duel[0].out:
+                raise RuntimeError(duel[0].told())
+            runs.append(other)
+            run = other if fastest(duel) is duel[1] else run
+        chunks = {} if model.training else run.chunks(clock)
     finally:
         set_rng_state(before)
-    return decide(found, per_sample, f"tuned {NAMES[dtype]}" if dtype else TUNED, best=best)
+    ours = statistics.median(share for run in runs for share in run.shares)
+    request = f"tuned {NAMES[dtype]}" if dtype else TUNED
+    return decide(found, chunks, request, duel=duel, ours=ours)
 
 
-def fastest(found: list[Candidate]) -> Candidate:
-    """The fastest; simple ones, which come first, win where it makes no odds."""
+def fastest(found: Sequence[Candidate]) -> Candidate:
+    """The fastest; the first, unless another is clearly faster, and simple ones come first."""
     alive = [one for one in found if not one.out]
-    best = alive[0]
-    for one in alive[1:]:
-        if statistics.median(one.seconds) < GAIN * statistics.median(best.seconds):
-            best = one
+    return alive[_fastest([one.seconds for one in alive])]
+
+
+def _fastest(rows: Sequence[Sequence[float]]) -> int:
+    best = 0
+    for at, row in enumerate(rows):
+        if gain(rows[0], row).clear and gain(rows[best], row).median * GAIN > 1:
+            best = at
     return best
 
 
 def decide(
-    found: list[Candidate],
-    per_sample: Mapping[int, float] | None = None,
+    found: Sequence[Candidate],
+    chunks: Mapping[int, Sequence[float]] | None = None,
     request: str = TUNED,
     *,
-    best: Candidate | None = None,
+    duel: Sequence[Candidate] = (),
+    ours: float = 1.0,
 ) -> PrecisionPlan:
-    """The plan of what was measured; per_sample: seconds, by the samples in one pass."""
-    best, plain = best or fastest(found), next(one for one in found if not one.out)
-    median = statistics.median(best.seconds)
-    chunk = None
-    for size, seconds in (per_sample or {}).items():
-        if chunk is None or seconds < GAIN * (per_sample or {})[chunk]:
-            chunk = size
-    evidence = [one.told() for one in found]
-    if per_sample:
-        rows = ", ".join(f"{size}: {1 / seconds:.3g}" for size, seconds in per_sample.items())
+    """The plan of what was measured: the first candidate, unless another is clearly faster.
+
+    Args:
+        found: candidates, the plain one first.
+        chunks: seconds per sample in each round, by the samples in one pass, the most first.
+        request: what the plan says was asked for.
+        duel: the fastest of `found`, and its compiled self, measured anew.
+        ours: the part of a step's time in which the processor ran it.
+    """
+    busy = ours < OURS
+    plain = next(one for one in found if not one.out)
+    best, chunks = plain if busy else fastest(found), chunks or {}
+    evidence = [one.told(plain) for one in found] + [one.told(duel[0]) for one in duel[1:]]
+    gained = "" if best is plain else f", {gain(plain.seconds, best.seconds)} as {plain.name}"
+    hidden = _hidden({one.name: one.seconds for one in (best, *found) if not one.out})
+    if duel and not busy:
+        best = fastest(duel)
+        hidden += _hidden({one.name: one.seconds for one in (best, *duel) if not one.out})
+        gained += f"; {gain(duel[0].seconds, best.seconds)} compiled" if best.compiled else ""
+    sizes = list(chunks)
+    chunk = sizes[0 if busy else _fastest([*chunks.values()])] if chunks else None
+    if chunk:
+        passes = {f"{size} samples in a pass": chunks[size] for size in (chunk, *sizes)}
+        hidden += _hidden(passes)
+    if chunks:
+        rows = ", ".join(f"{size}: {1 / statistics.median(chunks[size]):.3g}" for size in chunks)
         evidence.append(f"samples per second, by samples in one pass: {rows}")
-    gain = statistics.median(plain.seconds) / median
-    reason = f"measured: {median * 1e3:.3g} ms" + (
-        f", {gain:.2g} times as fast as {plain.name}" if best is not plain else ", the fastest"
-    )
+    if busy:
+        hidden = [f"the processor ran other programs for {1 - ours:.0%} of a step"]
+    reason = f"measured: {statistics.median(best.seconds) * 1e3:.3g} ms"
+    if hidden:
+        why = "; ".join(hidden)
+        reason += f"{gained}; noise hides the answer ({why}), and it is not kept for the next run"
+    else:
+        reason += gained or ", the fastest"
     return PrecisionPlan(
         request,
         best.dtype,
@@ -169,7 +263,18 @@ def decide(
         memory_format=LAYOUTS[best.layout],
         chunk=chunk,
         compiled=best.compiled,
+        settled=not hidden,
     )
+
+
+def _hidden(seconds: Mapping[str, Sequence[float]]) -> list[str]:
+    """What may be faster than the first of them, for all that noise lets us see."""
+    (name, first), *others = seconds.items()
+    return [
+        f"{other} may be faster than {name}"
+        for other, row in others
+        if gain(first, row).high > SETTLED
+    ]
 
 
 def candidates(model: torch.nn.Module, capabilities: Capabilities) -> Iterator[Candidate]:
@@ -190,14 +295,57 @@ def candidates(model: torch.nn.Module, capabilities: Capabilities) -> Iterator[C
 def copier(
     model: torch.nn.Module, batch: Any, move: Callable[[Any], Any]
 ) -> Callable[[str], tuple[torch.nn.Module, Any]]:
-    """What makes a copy of the model and the batch on the device, in a layout."""
+    """What makes a copy of the model and the batch on the device, in a layout.
+
+    Raises:
+        UncopiedError: there is something in the model that Python cannot copy.
+    """
 
     def copied(layout: str) -> tuple[torch.nn.Module, Any]:
-        there = laid_out(move(copy.deepcopy(model)), LAYOUTS[layout])
+        there = laid_out(move(_copy(model)), LAYOUTS[layout])
         there.zero_grad(set_to_none=True)
         return there, laid_out(move(batch), LAYOUTS[layout])
 
     return copied
+
+
+class UncopiedError(RuntimeError):
+    """The model cannot be copied."""
+
+
+def _copy(model: torch.nn.Module) -> torch.nn.Module:
+    held = [
+        (f"{name}.{key}" if name else key, value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if key != "_modules"
+    ]
+    # Results of an earlier pass, such as the weight of torch.nn.utils.weight_norm: torch copies no
+    # tensor that has a graph, and the next pass makes them anew.
+    made = [one for _, one in held if isinstance(one, torch.Tensor) and not one.is_leaf]
+    results = {id(one): one.detach().clone() for one in made}
+    try:
+        return copy.deepcopy(model, dict(results))
+    except Exception as error:
+        if is_oom_error(error):
+            raise
+        why = f"the model cannot be copied, and tuning measures copies: {_line(error)}"
+        for name, value in held:
+            try:
+                copy.deepcopy(value, dict(results))
+            except Exception as first:
+                kind = type(value).__qualname__
+                why = f"the model cannot be copied, and tuning measures copies: {name!r} of it, "
+                why += f"of type {kind}, raises {_line(first)}"
+                break
+        raise UncopiedError(
+            f"{why}. Tune the model before it is given that, or write its class a __deepcopy__"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:160]
 
 
 class _Run:
@@ -215,6 +363,11 @@ class _Run:
     ) -> None:
         self.candidate, self.loss, self.wait, self.device = candidate, loss, wait, device
         self.training = training
+        self.shares: list[float] = []
+        """Of each timed step, the part of its time in which the processor ran it."""
+        fine = time.get_clock_info("thread_time").resolution < 1e-4
+        # An accelerator computes while this thread waits.
+        self.counts = fine and backend_for(device.type).synchronize is None
         if candidate.out:
             return
         with self.guarded():
@@ -227,17 +380,25 @@ class _Run:
         """A candidate that fails is out; so is one for which memory does not suffice."""
         try:
             yield
+        except UncopiedError:
+            raise
         except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            self.candidate.out = f"{type(error).__name__}: {first}"[:160]
+            self.candidate.out = _line(error)
 
-    def step(self) -> torch.Tensor:
+    def fresh(self, size: int | None = None) -> Any:
+        """The batch, or its first samples, for one step: a model may write into its input."""
+        batch = self.batch if size is None else slice_of(self.batch, 0, size)
+        return map_tensors(
+            lambda one: one.detach().clone().requires_grad_(one.requires_grad), batch
+        )
+
+    def step(self, batch: Any) -> torch.Tensor:
         """Forward, and backward where the model trains."""
         dtype = self.candidate.dtype
         half = None if dtype is torch.float32 else dtype
         region = maybe_autocast(self.device, half, enabled=half is not None)
         with torch.set_grad_enabled(self.training), region:
-            loss = self.loss(self.model, self.batch)
+            loss = self.loss(self.model, batch)
         if self.training:
             # A scale as fp16's scaler begins with; a power of two changes no other dtype's digits.
             (loss * 2.0**10 if dtype is torch.float16 else loss).backward()
@@ -253,7 +414,7 @@ class _Run:
             with self.guarded():
                 # Some, such as LeViT, keep in evaluation what an earlier pass computed.
                 self.model.train().eval()
-                loss = float(self.step())
+                loss = float(self.step(self.fresh()))
                 scale = 2.0**10 if self.candidate.dtype is torch.float16 else 1.0
                 gradient = {
                     name: one.grad.detach().float().cpu() / scale
@@ -269,42 +430,42 @@ class _Run:
             self.wait()
         return result
 
-    def timed(self) -> None:
-        """One step more."""
+    def timed(self, size: int | None = None) -> float | None:
+        """Seconds of one step more, of the first `size` samples; None where it fails."""
+        seconds = None
         with self.guarded():
+            batch = self.fresh(size)
             self.wait()
-            start = time.perf_counter()
-            self.step()
+            start, ran = time.perf_counter(), time.thread_time()
+            self.step(batch)
             self.wait()
-            self.candidate.seconds.append(time.perf_counter() - start)
+            # A clock may be coarser than a step.
+            seconds = max(time.perf_counter() - start, 1e-9)
+            self.shares.append((time.thread_time() - ran) / seconds if self.counts else 1.0)
         self.model.zero_grad(set_to_none=True)
+        # Within the caller's own region weights would be cast once, and never again.
+        torch.clear_autocast_cache()
+        return seconds
 
-    def chunks(self, clock: _Clock) -> dict[int, float]:
-        """Seconds per sample of the whole batch in passes of so many samples, interleaved."""
-        whole = self.batch
+    def chunks(self, clock: _Clock) -> dict[int, list[float]]:
+        """Seconds per sample of each round, by the samples in one pass: all, half of them, ..."""
         try:
-            total = length_of(whole)
+            total = length_of(self.batch)
         except ValueError:  # no samples that could be counted
             return {}
         sizes = [total >> halved for halved in range(total.bit_length())]
-        seconds: dict[int, list[float]] = {size: [] for size in sizes}
-        for turn in range(CHUNK_ROUNDS + 1):
-            if turn > 2 and clock.over(MOST_STEPS):
+        for size in sizes[1:]:  # warms up, as the race has done for the whole
+            self.timed(size)
+        found: dict[int, list[float]] = {size: [] for size in sizes}
+        for turn in range(ROUNDS):
+            for size in sizes if turn % 2 else sizes[::-1]:
+                seconds = self.timed(size)
+                if seconds:  # a model may refuse a single sample
+                    found[size].append(seconds / size)
+            if turn + 1 >= CHUNK_ROUNDS and clock.over(MOST_STEPS):
                 break
-            for size in sizes:
-                if not turn and size == total:
-                    continue  # the first round warms up, as the race has done for this one
-                with self.guarded():  # a model may refuse a single sample
-                    self.batch = slice_of(whole, 0, size)
-                    self.wait()
-                    start = time.perf_counter()
-                    self.step()
-                    self.wait()
-                    if turn:
-                        seconds[size].append((time.perf_counter() - start) / size)
-        self.batch, self.candidate.out = whole, ""
-        # The least: what else the machine does only ever makes a pass slower.
-        return {size: min(one) for size, one in seconds.items() if one}
+        self.candidate.out = ""
+        return {size: one for size, one in found.items() if one}
 
 
 @dataclass
@@ -346,33 +507,45 @@ def differs(result: _Result, reference: _Result | None, dtype: torch.dtype) -> s
 class _Clock:
     """What measuring may cost."""
 
-    def __init__(self, found: list[Candidate], budget_s: float) -> None:
+    def __init__(self, found: Sequence[Candidate], budget_s: float) -> None:
         self.found, self.budget_s, self.started = found, budget_s, time.perf_counter()
+
+    def warmed(self, each: int) -> None:
+        """So many steps of each are done. They may have taken long: kernels were looked for."""
+        self.steps, self.rounds = each * len(self.found), time.perf_counter()
 
     def over(self, steps: int) -> bool:
         """So many steps of the slowest candidate, or the seconds, are spent."""
         each = [statistics.median(one.seconds) for one in self.found if one.seconds]
-        allowed = max(steps * max(each, default=0.0), AT_LEAST_S)
-        return time.perf_counter() - self.started > min(self.budget_s, allowed)
+        allowed = max((steps - self.steps) * max(each, default=0.0), AT_LEAST_S)
+        now = time.perf_counter()
+        return now - self.started > self.budget_s or now - self.rounds > allowed
 
 
 def _race(runs: list[_Run], clock: _Clock) -> None:
-    """Rounds in which every candidate has its turn, until losers and time are out."""
-    for run in runs:
+    """Rounds in which every candidate has its turn, until time is out; the first is the base.
+
+    One that is clearly slower than the fastest leaves. The first stays: all are paired with it.
+    """
+    training = any(run.training for run in runs)
+    for run in runs if training else ():  # in inference the check has warmed up
         run.timed()
+    clock.warmed(1 + training)
     for turn in range(ROUNDS):
+        runs = [run for run in runs if not run.candidate.out]
+        # There and back again: a machine that becomes faster, or slower, favours none of them.
+        for run in runs[:: -1 if turn % 2 else 1]:
+            run.candidate.seconds += filter(None, [run.timed()])
         alive = [run for run in runs if not run.candidate.out]
-        least = min((min(run.candidate.seconds) for run in alive), default=0.0)
-        for run in alive:
-            seconds = run.candidate.seconds
-            if min(seconds) > (LOST_AT_ONCE if turn < 2 else LOSER) * least:
-                continue
-            # The first step warms up. In inference the check has done that.
-            if turn == 0 and run.training:
-                seconds.clear()
-            run.timed()
-        steps = MOST_STEPS if alive and alive[0].training else MOST_STEPS_BEFORE_CHUNKS
-        if clock.over(steps):
+        lead = min((statistics.median(run.candidate.seconds) for run in alive), default=0.0)
+        ahead = [run for run in alive if statistics.median(run.candidate.seconds) == lead]
+        runs = alive[:1] + [
+            run
+            for run in alive[1:]
+            if gain(ahead[0].candidate.seconds, run.candidate.seconds).high > GAIN
+        ]
+        steps = MOST_STEPS if training else MOST_STEPS_BEFORE_CHUNKS
+        if clock.over(steps) or not runs:
             break
 
 

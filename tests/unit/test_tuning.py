@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import copy
-import time
+import dataclasses
+import gc
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from portable_amp import DeviceContext, rng_state, tuning
+from portable_amp import (
+    DeviceContext,
+    PrecisionFallbackWarning,
+    PrecisionPlan,
+    UnsupportedPrecisionError,
+    choose,
+    distributed,
+    rng_state,
+    tuning,
+)
 from portable_amp.backends import backend_for
 from portable_amp.distributed import of_rank_0
-from portable_amp.plan_cache import CACHE_VARIABLE
-from portable_amp.tuning import Candidate, _Result, decide, differs, mean_square
+from portable_amp.plan_cache import CACHE_VARIABLE, numeric_modes, recall, signature
+from portable_amp.testing import machine
+from portable_amp.tuning import Candidate, _Result, decide, differs, gain, mean_square, tune
 from support import playing
 
 
@@ -23,6 +48,34 @@ from support import playing
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "plans"))
     return tmp_path / "plans"
+
+
+class Clock:
+    """Stands for the module `time`: a millisecond passes at each look, and what a step says."""
+
+    def __init__(self) -> None:
+        self.now, self.idle, self.tick = 0.0, 0.0, 1e-3
+        self.steps: Counter[str] = Counter()
+
+    def perf_counter(self) -> float:
+        self.now += self.tick
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.now - self.idle
+
+    def get_clock_info(self, name: str) -> Any:
+        return type("", (), {"resolution": 1e-9})
+
+    def __deepcopy__(self, memo: Any) -> Clock:
+        return self
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(tuning, "time", fake)
+    return fake
 
 
 def network() -> nn.Module:
@@ -238,12 +291,18 @@ def test_a_layout_with_a_known_fault_is_out_untried() -> None:
 
 @pytest.mark.parametrize(
     ("per_sample", "chunk"),
-    [({}, None), ({8: 1.0, 4: 0.99, 2: 2.0}, 8), ({8: 1.0, 4: 0.5, 2: 0.6, 1: 0.49}, 4)],
+    [
+        ({}, None),
+        ({8: 1.0, 4: 0.99, 2: 2.0}, 8),
+        ({8: 1.0, 4: 0.5, 2: 0.6, 1: 0.49}, 4),
+        ({8: 1.0, 4: 0.97, 2: 0.95}, 2),
+    ],
 )
 def test_the_largest_chunk_wins_where_it_makes_no_odds(
     per_sample: dict[int, float], chunk: int | None
 ) -> None:
-    plan = decide([measured("fp32 contiguous", 1.0)], per_sample)
+    rows = {size: [seconds] * 3 for size, seconds in per_sample.items()}
+    plan = decide([measured("fp32 contiguous", 1.0)], rows)
     assert plan.chunk == chunk
     assert any("samples per second" in line for line in plan.evidence) == bool(per_sample)
 
@@ -251,30 +310,32 @@ def test_the_largest_chunk_wins_where_it_makes_no_odds(
 class Crowded(nn.Module):
     """Slow with more than two samples, and unable to take a single one."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 2)
+        self.linear, self.clock = nn.Linear(4, 2), clock
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) == 1:
             raise ValueError("BatchNorm-like: more than one value is needed")
-        time.sleep(0.005 * (len(x) > 2) * len(x))
+        self.clock.now += 0.05 * (len(x) > 2) * len(x)
         return self.linear(x)
 
 
-def test_inference_learns_its_chunk_and_training_does_not() -> None:
-    found = context().tuned(Crowded().eval(), torch.ones(8, 4), cache=False).plan
+def test_inference_learns_its_chunk_and_training_does_not(clock: Clock) -> None:
+    found = context().tuned(Crowded(clock).eval(), torch.ones(8, 4), cache=False).plan
     assert found.chunk == 2
     assert "8: " in found.evidence[-1]
     assert " 1: " not in found.evidence[-1]
-    assert context().tuned(Crowded().train(), torch.ones(8, 4), cache=False).plan.chunk is None
-    assert context().tuned(Crowded().eval(), torch.ones(8, 4)).plan.chunk == 2
-    assert context().tuned(Crowded().eval(), torch.ones(8, 4)).plan.chunk == 2  # kept
+    assert context().tuned(Crowded(clock).train(), torch.ones(8, 4), cache=False).plan.chunk is None
+    assert context().tuned(Crowded(clock).eval(), torch.ones(8, 4)).plan.chunk == 2
+    assert context().tuned(Crowded(clock).eval(), torch.ones(8, 4)).plan.chunk == 2  # kept
 
 
-def test_compiling_is_a_candidate_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_is_a_candidate_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
     monkeypatch.setattr(nn.Module, "compile", faster, raising=True)
-    model = Crowded().eval()
+    model = Crowded(clock).eval()
     plan = context().tuned(model, torch.ones(3, 4), cache=False, compile=True).plan
     assert plan.compiled
     assert "fp32 contiguous compiled: " in plan.evidence[-2]
@@ -300,9 +361,11 @@ def test_the_winner_and_its_compiled_self_are_compared_alone(
     def race(runs: list[Any], clock: Any) -> None:
         nonlocal races
         races += 1
+        clock.warmed(1)
         for run in runs:  # in the second race the machine is ten times as slow
             bf16 = run.candidate.dtype is torch.bfloat16
-            run.candidate.seconds[:] = [(1.0 if bf16 else 2.0) * 10.0 ** (races - 1)]
+            run.candidate.seconds[:] = [(1.0 if bf16 else 2.0) * 10.0 ** (races - 1)] * 3
+            run.shares[:] = [1.0]
 
     monkeypatch.setattr(tuning, "_race", race)
     monkeypatch.setattr(nn.Module, "compile", lambda model: None)
@@ -392,3 +455,635 @@ def test_rank_0_decides_and_fails_for_all(tmp_path: Path) -> None:
             of_rank_0(lambda: 1 // 0)
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Scripted(nn.Module):
+    """Takes as long as the script says: of which candidate, and at which of its steps."""
+
+    def __init__(self, clock: Clock, seconds: Callable[[str, int], float]) -> None:
+        super().__init__()
+        self.linear, self.clock, self.seconds = nn.Conv2d(3, 2, 1), clock, seconds
+        self.steps: Counter[str] = Counter()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        name = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
+        name += " channels_last" if last else " contiguous"
+        self.clock.now += self.seconds(name, self.clock.steps[name])
+        self.clock.steps[name] += 1
+        return self.linear(x)
+
+
+def scripted(
+    clock: Clock, seconds: Callable[[str, int], float], *, train: bool = True, **options: Any
+) -> PrecisionPlan:
+    """The plan for a model that follows the script; steps 0 and 1 are the check and the warm-up."""
+    model = Scripted(clock, seconds).train(train)
+    return context().tuned(model, IMAGES, **{"cache": False, "budget_s": 1e6, **options}).plan
+
+
+def name_of(plan: PrecisionPlan) -> str:
+    last = plan.memory_format is torch.channels_last
+    return f"{plan.name} {'channels_last' if last else 'contiguous'}"
+
+
+EACH = ("fp32 contiguous", "bf16 contiguous", "fp32 channels_last", "bf16 channels_last")
+MEASURED = 2  # the first step of training that counts
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("quick", EACH[1:])
+def test_what_is_twice_as_fast_is_found(clock: Clock, quick: str, train: bool) -> None:
+    clock.tick = 0.0
+    plan = scripted(clock, lambda name, step: 0.1 if name == quick else 0.2, train=train)
+    assert (name_of(plan), plan.settled) == (quick, True)
+    assert plan.reason == ("measured: 100 ms, 2.00 times as fast (2.00 to 2.00) as fp32 contiguous")
+    assert f"{quick}: 100 ms, 2.00 times as fast (2.00 to 2.00)" in plan.evidence
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("stalled", EACH)
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_stall_neither_wins_nor_is_told_as_a_gain(
+    clock: Clock, stalled: str, at: int, train: bool
+) -> None:
+    def seconds(name: str, step: int) -> float:
+        return (0.1 if name == EACH[0] else 0.11) * (110 if (name, step) == (stalled, at) else 1)
+
+    plan = scripted(clock, seconds, train=train)
+    assert name_of(plan) == "fp32 contiguous"
+    told = " ".join([plan.reason, *plan.evidence])
+    assert all(float(one) < 2 for one in re.findall(r"([\d.e+]+) times as fast", told)), told
+    assert ("noise hides the answer" in plan.reason) is not plan.settled
+
+
+@settings(max_examples=60)
+@given(
+    truth=st.tuples(*[st.sampled_from([0.5, 0.8, 1.0, 1.02, 1.2, 3.0])] * 4),
+    stalls=st.tuples(*[st.tuples(st.integers(0, 12), st.floats(1, 100))] * 4),
+    jitter=st.lists(st.floats(0.99, 1.01), min_size=5, max_size=5),
+    drift=st.floats(-0.01, 0.01),
+    train=st.booleans(),
+)
+def test_whatever_noise_the_plan_kept_is_the_plain_one_or_truly_faster(
+    truth: tuple[float, ...],
+    stalls: tuple[tuple[int, float], ...],
+    jitter: list[float],
+    drift: float,
+    train: bool,
+) -> None:
+    clock = Clock()
+    took = dict(zip(EACH, truth, strict=True))
+    stall = dict(zip(EACH, stalls, strict=True))
+
+    def seconds(name: str, step: int) -> float:
+        at, by = stall[name]
+        total = sum(clock.steps.values())
+        slower = (by if step == at else 1) * jitter[total % 5] * (1 + drift) ** total
+        return took[name] * slower
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "time", clock)
+        kept = name_of(scripted(clock, seconds, train=train))
+    assert kept == EACH[0] or took[kept] < took[EACH[0]], (kept, took)
+
+
+@pytest.mark.parametrize("by", [0.97, 1.03])
+def test_a_machine_that_becomes_faster_or_slower_favours_no_candidate(
+    clock: Clock, by: float
+) -> None:
+    plan = scripted(clock, lambda name, step: 1.0 * by ** sum(clock.steps.values()))
+    assert name_of(plan) == "fp32 contiguous"
+    assert "noise" not in plan.reason or not plan.settled
+
+
+def noisy(name: str, step: int) -> float:
+    return 0.1 if name == EACH[0] or step % 2 else 0.01
+
+
+def test_where_noise_hides_the_answer_it_is_said_and_not_kept(clock: Clock, cache: Path) -> None:
+    plan = scripted(clock, noisy, cache=True)
+    assert (name_of(plan), plan.settled) == ("fp32 contiguous", False)
+    assert "noise hides the answer (bf16 contiguous may be faster than fp32 con" in plan.reason
+    assert re.fullmatch(r"bf16 contiguous: [\d.]+ ms, too noisy to compare", plan.evidence[1])
+    assert not [*cache.glob("*")]
+    assert scripted(clock, lambda name, step: 0.1, cache=True).settled
+    assert len([*cache.glob("*.json")]) == 1
+
+
+def test_a_busy_processor_settles_nothing(clock: Clock, cache: Path) -> None:
+    def seconds(name: str, step: int) -> float:
+        took = 0.1 if name == "bf16 contiguous" else 0.2
+        clock.idle += took * 0.3
+        return took
+
+    plan = scripted(clock, seconds, cache=True)
+    assert (name_of(plan), plan.settled) == ("fp32 contiguous", False)
+    assert "(the processor ran other programs for 30% of a step)" in plan.reason
+    assert not [*cache.glob("*")]
+
+
+@pytest.mark.parametrize(
+    ("base", "other", "told"),
+    [
+        ([2.0], [1.0], (2.0, 0.0, math.inf)),
+        ([], [], (1.0, 0.0, math.inf)),
+        ([2.0, 2.0], [1.0, 1.0, 7.0], (2.0, 2.0, 2.0)),
+        ([2.0] * 5, [1.0, 1.0, 1.0, 1.0, 0.5], (2.0, 2.0, 4.0)),
+        ([2.0] * 9, [1.0] * 8 + [0.01], (2.0, 2.0, 2.0)),
+        ([2.0] * 8, [1.0] * 7 + [4.0], (2.0, 0.5, 2.0)),
+    ],
+)
+def test_gains_are_paired(base: list[float], other: list[float], told: tuple[float, ...]) -> None:
+    found = gain(base, other)
+    assert (found.median, found.low, found.high) == pytest.approx(told)
+
+
+@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), max_size=25))
+def test_the_median_is_in_its_interval_and_the_reverse_comparison_is_the_inverse(
+    pairs: list[tuple[float, float]],
+) -> None:
+    one, two = [a for a, _ in pairs], [b for _, b in pairs]
+    there, back = gain(one, two), gain(two, one)
+    assert there.low <= there.median * (1 + 1e-9)
+    assert there.median <= there.high * (1 + 1e-9)
+    assert there.median * back.median == pytest.approx(1)
+    assert not (there.clear and back.clear)
+
+
+def test_two_rounds_that_disagree_tell_nothing() -> None:
+    assert not gain([2.0, 2.0], [1.0, 1.5]).clear
+    assert gain([2.0, 2.0], [1.0, 1.01]).clear
+    assert not gain([2.0, 2.0, 2.0], [1.0, 1.0, 2.1]).clear
+
+
+def test_the_seconds_it_may_take(clock: Clock) -> None:
+    # Not one round begins after budget_s: check, warm-up, and the round that always is.
+    scripted(clock, lambda name, step: 1.0, budget_s=0)
+    assert set(clock.steps.values()) == {MEASURED + 1}
+    clock.steps.clear()
+    scripted(clock, lambda name, step: 1.0, budget_s=10)  # 8 for check and warm-up
+    assert set(clock.steps.values()) == {MEASURED + 1}
+    clock.steps.clear()
+    start = clock.now
+    scripted(clock, lambda name, step: 1.0)
+    assert tuning.MOST_STEPS < clock.now - start < 30
+    assert set(clock.steps.values()) == {MEASURED + 4}
+    start = clock.now
+    clock.steps.clear()
+    scripted(clock, lambda name, step: 1.0, train=False)
+    assert tuning.MOST_STEPS_BEFORE_CHUNKS < clock.now - start < 30
+    assert {clock.steps[name] for name in EACH[1:]} == {4}  # the check, and three rounds
+    clock.steps.clear()
+    clock.tick = 0.0  # no time passes
+    scripted(clock, lambda name, step: 0.0)
+    assert set(clock.steps.values()) == {MEASURED + tuning.ROUNDS}
+    clock.steps.clear()
+    scripted(clock, lambda name, step: 0.004)  # 24 steps are less than a fifth of a second
+    assert 0.2 < sum(clock.steps.values()) * 0.004 < 0.25
+
+
+def test_what_is_clearly_slower_is_measured_no_more(clock: Clock) -> None:
+    slow = dict(zip(EACH, (0.1, 0.3, 0.1, 0.13), strict=True))
+    scripted(clock, lambda name, step: slow[name])
+    assert clock.steps["bf16 contiguous"] == clock.steps["bf16 channels_last"] == MEASURED + 2
+    assert clock.steps["fp32 contiguous"] == clock.steps["fp32 channels_last"] > MEASURED + 4
+    clock.steps.clear()
+    scripted(clock, lambda name, step: 1.0 if name == EACH[0] else 0.2)
+    assert clock.steps[EACH[0]] > MEASURED + 4  # all the others are paired with it
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_first_steps_do_not_count(clock: Clock, train: bool) -> None:
+    clock.tick, first = 0.0, MEASURED if train else 1
+    plan = scripted(clock, lambda name, step: 5.0 if step < first else 0.1, train=train)
+    assert plan.evidence[0] == "fp32 contiguous: 100 ms"
+    assert plan.evidence[1] == "bf16 contiguous: 100 ms, 1.00 times as fast (1.00 to 1.00)"
+
+
+def test_the_first_pass_of_a_chunk_does_not_count(clock: Clock) -> None:
+    seen: set[int] = set()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        size = len(batch)
+        clock.now += 5.0 if size not in seen else 0.1 * size if size > 1 else 0.01
+        seen.add(size)
+        return mean_square(model, batch)
+
+    model = nn.Linear(4, 2).eval()
+    plan = context().tuned(model, torch.ones(4, 4), loss=loss, cache=False).plan
+    assert plan.chunk == 1
+    assert plan.settled
+
+
+def test_noise_hides_a_chunk(clock: Clock) -> None:
+    calls = 0
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        clock.now += 0.1 * len(batch) if len(batch) == 4 or calls % 2 else 0.01
+        return mean_square(model, batch)
+
+    model = nn.Linear(4, 2).eval()
+    plan = context().tuned(model, torch.ones(4, 4), loss=loss, cache=False).plan
+    assert (plan.chunk, plan.settled) == (4, False)
+    assert "samples in a pass may be faster than 4 samples in a pass" in plan.reason
+
+
+def test_the_device_is_waited_for_before_and_after_each_step(clock: Clock) -> None:
+    events = ""
+
+    def wait() -> None:
+        nonlocal events
+        events += "w"
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal events
+        events += "s"
+        return mean_square(model, batch)
+
+    def look() -> float:
+        nonlocal events
+        events += "t"
+        clock.now += 1e-3
+        return clock.now
+
+    clock.perf_counter = look  # type: ignore[method-assign]
+    ctx = context()
+    for training in (True, False):
+        events = ""
+        tune(
+            nn.Linear(4, 2).train(training), torch.ones(2, 4), ctx.device, ctx.capabilities,
+            loss=loss, budget_s=1.0, wait=wait, move=lambda value: value,
+        )  # fmt: skip
+        (checked,) = re.findall(r"^(?:t?[sw]*?w)t?(?=wts)", events)
+        timed = events[len(checked) :]
+        assert events.count("s") > 10
+        assert timed.count("s") == len(re.findall("wtswt", timed))
+
+
+def test_a_plan_is_forgotten_on_request_and_never_written_unasked(
+    clock: Clock, cache: Path
+) -> None:
+    def plan(**options: Any) -> tuple[PrecisionPlan, bool]:
+        clock.steps.clear()
+        quick = scripted(clock, lambda name, step: 0.1, **options)
+        return quick, bool(clock.steps)
+
+    plan(cache=False)
+    assert not cache.exists()
+    assert plan(cache=True)[1]
+    (path,) = cache.iterdir()
+    kept, measured = plan(cache=True)
+    assert not measured
+    assert f"kept from an earlier run in {str(path)!r}: delete it, or" in kept.reason
+    stamp = path.read_bytes()
+    path.write_bytes(stamp.replace(b"measured: ", b"invented: "))
+    assert "invented" in plan(cache=True)[0].reason
+    assert plan(cache=False)[1]
+    assert b"invented" in path.read_bytes()
+    assert plan(cache="renew")[1]
+    assert b"invented" not in path.read_bytes()
+    scripted(clock, noisy, cache="renew")  # what is no longer sure is gone
+    assert not [*cache.iterdir()]
+    with pytest.raises(ValueError, match="cache='always': True, False or 'renew' work here"):
+        plan(cache="always")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk": "4"}, {"chunk": 0}, {"chunk": True}, {"chunk": -2}, {"compiled": "no"},
+        {"evidence": "text"}, {"dtype": ["fp32"]}, {"dtype": "fp8"}, {"layout": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_kept_plan_of_other_types_is_none(cache: Path, change: dict[str, Any]) -> None:
+    good = {
+        "request": "tuned", "dtype": "fp32", "layout": "contiguous", "reason": "", "evidence": [],
+        "chunk": None, "compiled": False,
+    }  # fmt: skip
+    cache.mkdir()
+    (cache / "key.json").write_text(json.dumps(good))
+    assert recall("key")
+    (cache / "key.json").write_text(json.dumps({**good, **change}))
+    assert recall("key") is None
+    (cache / "key.json").write_text("[" * 100_000)
+    assert recall("key") is None
+    (cache / "key.json").write_bytes(b"\xff\xfe")
+    assert recall("key") is None
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert context().tuned(nn.Linear(4, 2), torch.ones(3, 4)).plan.settled
+    assert context().tuned(nn.Linear(4, 2), torch.ones(3, 4), cache="renew").plan.settled
+
+
+def other_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    return mean_square(model, batch) * 2
+
+
+def key(
+    change: Callable[[nn.Module], object] = lambda model: None, batch: Any = IMAGES, **options: Any
+) -> str:
+    model = network()
+    change(model)
+    given = {"loss": mean_square, **options}
+    return signature(model, batch, given.pop("can", context().capabilities), **given)
+
+
+class OtherReLU(nn.ReLU):
+    pass
+
+
+CHANGES: dict[str, Callable[[], str]] = {
+    "a layer's class": lambda: key(lambda model: model.__setitem__(2, nn.GELU())),
+    "a layer's own class": lambda: key(lambda model: model.__setitem__(2, OtherReLU())),
+    "a stride": lambda: key(lambda model: setattr(model[0], "stride", (2, 2))),
+    "a padding": lambda: key(lambda model: setattr(model[0], "padding", (0, 0))),
+    "dropout": lambda: key(lambda model: setattr(model[3], "p", 0.1)),
+    "a setting that no repr tells": lambda: key(lambda model: setattr(model[3], "how", "fast")),
+    "a frozen weight": lambda: key(lambda model: model[0].weight.requires_grad_(False)),
+    "the mode of one layer": lambda: key(lambda model: model[1].eval()),
+    "the mode": lambda: key(lambda model: model.eval()),
+    "weights channels last": lambda: key(lambda model: model.to(memory_format=torch.channels_last)),
+    "weights in float64": lambda: key(lambda model: model.double()),
+    "a layer's size": lambda: key(lambda model: model.__setitem__(6, nn.Linear(8, 4))),
+    "the batch's size": lambda: key(batch=torch.ones(3, 3, 8, 8)),
+    "the batch's dtype": lambda: key(batch=IMAGES.double()),
+    "the batch's layout": lambda: key(batch=IMAGES.to(memory_format=torch.channels_last)),
+    "another tensor": lambda: key(batch=(IMAGES, torch.ones(2))),
+    "the loss": lambda: key(loss=other_loss),
+    "the dtype": lambda: key(dtype=torch.float32),
+    "compiling": lambda: key(compiled=True),
+    "the device's name": lambda: key(can=dataclasses.replace(context().capabilities, name="B")),
+    "its type": lambda: key(can=dataclasses.replace(context().capabilities, device_type="xpu")),
+    "its facts": lambda: key(can=dataclasses.replace(context().capabilities, evidence=("x",))),
+}
+
+
+def test_the_key_is_that_of_the_same_model_in_another_process() -> None:
+    script = "import test_tuning as t; print(t.key())"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    if torch.get_num_threads() == 1 or "OMP_NUM_THREADS" not in os.environ:
+        assert told.stdout.strip() == key() == key()
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_the_key_has_each_part(part: str) -> None:
+    assert CHANGES[part]() != key()
+
+
+SWITCHES: list[tuple[str, Callable[[Any], object], Callable[[], Any], Any]] = [
+    ("matmul precision", torch.set_float32_matmul_precision,
+     torch.get_float32_matmul_precision, "high"),
+    ("deterministic", torch.use_deterministic_algorithms,
+     torch.are_deterministic_algorithms_enabled, True),
+    ("default dtype", torch.set_default_dtype, torch.get_default_dtype, torch.float64),
+    ("anomaly", torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled, True),
+    ("flash attention", torch.backends.cuda.enable_flash_sdp,
+     torch.backends.cuda.flash_sdp_enabled, False),
+    *((f"{where.__name__}.{name}", partial(setattr, where, name), partial(getattr, where, name),
+       value)
+      for where, name, value in (
+          (torch.backends.cudnn, "benchmark", True),
+          (torch.backends.cudnn, "deterministic", True),
+          (torch.backends.cudnn, "enabled", False),
+          (torch.backends.cudnn, "allow_tf32", False),
+      )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "set_to", "read", "value"), SWITCHES, ids=[s[0] for s in SWITCHES]
+)
+def test_the_key_has_each_numeric_mode(
+    name: str, set_to: Callable[[Any], object], read: Callable[[], Any], value: Any
+) -> None:
+    before = read()
+    assert before != value
+    set_to(before)  # said, where it was a default
+    plain = numeric_modes()
+    set_to(value)
+    try:
+        assert numeric_modes() != plain
+    finally:
+        set_to(before)
+    assert numeric_modes() == plain
+
+
+def test_the_key_has_onednn_threads_and_what_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = key()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TF32, which it sets, too
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert key() != plain
+    assert key() == plain
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert key() != plain
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert key() != plain
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "3.0.0")
+    assert key() != plain
+
+
+MIXED = """
+import torch
+from portable_amp.plan_cache import numeric_modes
+seen = [numeric_modes()]
+for name, value in (
+    ("", "tf32"), (".mkldnn.matmul", "bf16"), (".cudnn.conv", "ieee"),
+    (".cuda.matmul", "ieee"),
+):
+    where = torch.backends
+    for part in filter(None, name.split(".")):
+        where = getattr(where, part)
+    if hasattr(where, "fp32_precision"):
+        where.fp32_precision = value
+        seen.append(numeric_modes())
+        assert seen[-1] != seen[-2], name
+print(len(seen))
+"""
+
+
+def test_the_key_has_the_new_settings_of_fp32_and_survives_their_mixture_with_the_old() -> None:
+    told = subprocess.run([sys.executable, "-c", MIXED], capture_output=True, text=True, check=True)
+    assert int(told.stdout) == (5 if hasattr(torch.backends, "fp32_precision") else 1)
+
+
+class Holding(nn.Module):
+    def __init__(self, held: Any = None) -> None:
+        super().__init__()
+        self.part = nn.Linear(4, 2)
+        self.part.held = held
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x)
+
+
+def test_a_model_that_cannot_be_copied_is_said_to_be_one() -> None:
+    model = Holding(threading.Lock())
+    told = (
+        r"^the model cannot be copied, and tuning measures copies: 'part\.held' of it, of type "
+        r"lock, raises TypeError: cannot pickle '_thread\.lock' object\. Tune the model before"
+    )
+    with pytest.raises(RuntimeError, match=told):
+        context().tuned(model, torch.ones(3, 4))
+
+
+def test_results_of_an_earlier_pass_are_no_obstacle() -> None:
+    model = Holding()
+    model.part.held = model(torch.ones(3, 4))
+    assert context().tuned(model, torch.ones(3, 4), cache=False).plan.settled
+    assert not model.part.held.is_leaf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and common
+        normed = torch.nn.utils.weight_norm(nn.Linear(4, 2))
+    normed(torch.ones(3, 4))
+    assert context().tuned(normed, torch.ones(3, 4), cache=False).plan.settled
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_have_no_fp32_to_compare_with(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match=rf"it has weights in {dtype}, .*float\(\) first"):
+        context().tuned(nn.Linear(4, 2).to(dtype), torch.ones(3, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "model", [nn.LazyLinear(2), nn.Linear(4, 2, device="meta")], ids=["lazy", "meta"]
+)
+def test_a_model_without_weights_is_refused(model: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match=r"cannot be measured: .*(lazy|meta)"):
+        context().tuned(model, torch.ones(3, 4))
+
+
+class Doubling(nn.Module):
+    """Writes into what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.data.mul_(2)
+        return self.linear(x)
+
+
+def test_the_batch_stays_as_it_is() -> None:
+    batch = torch.ones(3, 4, requires_grad=True)
+    plan = context().tuned(Doubling(), batch, cache=False).plan
+    assert torch.equal(batch, torch.ones(3, 4))
+    assert batch.grad is None
+    assert not any("out, its loss" in line for line in plan.evidence)
+
+
+def test_a_batch_without_tensors_is_the_models_own_affair() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(3, 4)
+
+        def forward(self, words: Any) -> torch.Tensor:
+            return self.table(torch.tensor([len(word) for word in words["words"]]))
+
+    ctx = context()
+    plan = ctx.tuned(Words().eval(), [{"words": ["a", "bb"]}], cache=False,
+                     loss=lambda model, batch: model(batch[0]).square().mean()).plan  # fmt: skip
+    assert plan.chunk is None
+
+
+def test_what_surrounds_the_call_makes_no_odds() -> None:
+    model, batch = nn.Linear(4, 2), torch.ones(3, 4)
+    alone = [
+        line.split(":")[0] for line in context().tuned(model, batch, cache=False).plan.evidence
+    ]
+    seen: list[bool] = []
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return mean_square(model, batch)
+
+    for around in (
+        torch.inference_mode, torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16),
+        torch.autograd.detect_anomaly,
+    ):  # fmt: skip
+        seen.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what detecting anomalies costs
+            with around():
+                plan = context().tuned(model, batch, loss=loss, cache=False).plan
+        assert [line.split(":")[0] for line in plan.evidence] == alone
+        assert all(" ms" in line for line in plan.evidence)
+        assert set(seen) == {False, True}
+
+
+def test_a_compiled_model_is_measured_as_it_was() -> None:
+    model = nn.Linear(4, 2)
+    wrapped = torch.compile(model, backend=never)
+    assert context().tuned(wrapped, torch.ones(3, 4), cache=False).plan.settled
+
+
+def never(graph: Any, inputs: Any) -> Any:
+    raise AssertionError("compiled")
+
+
+def test_the_copies_are_given_back() -> None:
+    copies: list[weakref.ref[nn.Module]] = []
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        copies.append(weakref.ref(model))
+        return mean_square(model, batch)
+
+    context().tuned(network(), IMAGES, loss=loss, cache=False)
+    gc.collect()
+    assert copies
+    assert not any(one() for one in copies)
+
+
+@pytest.mark.parametrize(
+    ("others", "dtype", "common"),
+    [
+        (["a100", "a100"], "bf16", "bf16"),
+        (["a100", "t4"], "bf16", "fp32"),
+        (["a100", "t4"], "fp16", "fp16"),
+        (["a100", "t4"], "fp32", "fp32"),
+        (["t4", "t4"], "bf16", "bf16"),  # emulated, and measured to be fastest
+    ],
+)
+def test_ranks_that_differ_take_a_plan_that_all_can_compute(
+    monkeypatch: pytest.MonkeyPatch, others: list[str], dtype: str, common: str
+) -> None:
+    cards = [machine(name).capabilities for name in others]
+    monkeypatch.setattr(distributed, "_of_all_ranks", lambda mine: cards)
+    measured = choose(dtype, machine("a100").capabilities)
+    measured = dataclasses.replace(measured, request="tuned", reason="measured")
+    plan = distributed.common_to_ranks(measured, cards[0])
+    assert (plan.name, plan.request) == (common, "tuned")
+    assert plan.fell_back is (common != dtype)
+    assert (plan is measured) is (common == dtype)
+
+
+def test_it_is_said_where_ranks_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [machine(name).capabilities for name in ("a100", "t4")]
+    monkeypatch.setattr(distributed, "_of_all_ranks", lambda mine: cards)
+    plan = dataclasses.replace(choose("bf16", cards[0]), request="tuned")
+    monkeypatch.setattr("portable_amp.context.of_rank_0", lambda decide: plan)
+    with pytest.warns(PrecisionFallbackWarning, match="'tuned' on cpu becomes fp32: the ranks ha"):
+        context().tuned(nn.Linear(4, 2), torch.ones(3, 4))
+    with pytest.raises(UnsupportedPrecisionError):
+        DeviceContext("cpu", unsupported="raise").tuned(nn.Linear(4, 2), torch.ones(3, 4))
