@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -656,7 +657,11 @@ def test_what_is_clearly_slower_is_measured_no_more(clock: Clock) -> None:
 @pytest.mark.parametrize("train", [True, False])
 def test_the_first_steps_do_not_count(clock: Clock, train: bool) -> None:
     clock.tick, first = 0.0, MEASURED if train else 1
-    plan = scripted(clock, lambda name, step: 5.0 if step < first else 0.1, train=train)
+
+    def seconds(name: str, step: int) -> float:
+        return 5.0 if name == EACH[0] and step < first else 0.1
+
+    plan = scripted(clock, seconds, train=train)
     assert plan.evidence[0] == "fp32 contiguous: 100 ms"
     assert plan.evidence[1] == "bf16 contiguous: 100 ms, 1.00 times as fast (1.00 to 1.00)"
 
@@ -1087,3 +1092,27 @@ def test_it_is_said_where_ranks_cannot_follow(monkeypatch: pytest.MonkeyPatch) -
         context().tuned(nn.Linear(4, 2), torch.ones(3, 4))
     with pytest.raises(UnsupportedPrecisionError):
         DeviceContext("cpu", unsupported="raise").tuned(nn.Linear(4, 2), torch.ones(3, 4))
+
+
+RECORDED = Path(__file__).parents[2] / "docs/explanation/evidence/tuned.json"
+
+
+@pytest.mark.skipif(not RECORDED.exists(), reason="runs without the repository's docs")
+def test_the_plans_of_recorded_models_are_found_again_within_the_steps_promised() -> None:
+    random, settled = Random(0), 0
+    for row in json.loads(RECORDED.read_text("utf-8"))["models"]:
+        clock, took = Clock(), row["seconds"]
+        clock.tick = 0.0
+
+        def seconds(name: str, step: int, took: dict[str, float] = took) -> float:
+            if name not in took:
+                raise ValueError("was out")
+            return took[name] * random.lognormvariate(0, 0.01)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "time", clock)
+            plan = scripted(clock, seconds, train=row["training"])
+        assert took[name_of(plan)] < 1.03 * min(took.values()), row
+        settled += plan.settled
+        assert clock.now < 30 * max(took.values()), row
+    assert settled >= 20  # of 24
