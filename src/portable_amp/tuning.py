@@ -62,10 +62,15 @@ class Gain:
     @property
     def clear(self) -> bool:
         """It is faster, by enough, and noise does not explain it."""
-        return self.low > 1 and self.median * GAIN > 1
+        return self.low > 1 and self.median * GAIN > 1 and not self.vague
+
+    @property
+    def vague(self) -> bool:
+        """It says too little to be told, or to decide."""
+        return self.high > 4 * self.low
 
     def __str__(self) -> str:
-        if self.high > 4 * self.low:
+        if self.vague:
             return "too noisy to compare"
         return f"{self.median:.2f} times as fast ({self.low:.2f} to {self.high:.2f})"
 
