@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import support
 
@@ -16,6 +16,15 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("default"), max_examples=400)
 # For the nights: hours, of which test_example_fuzz.py takes half.
 settings.register_profile("nightly", settings.get_profile("default"), max_examples=16_000)
+# For tools/mutation: the same few examples each time, and no look for smaller ones.
+settings.register_profile(
+    "mutation",
+    settings.get_profile("default"),
+    max_examples=25,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -158,7 +159,66 @@ def autocast_dtypes() -> str:
     )
 
 
+COUNTS = DOCS / "explanation" / "evidence" / "mutation.json"
+EXPLAINED = DOCS / "explanation" / "evidence" / "mutation-explained.json"
+TESTED = "explanation/what-is-tested.md"
+
+
+def noticed(found: Mapping[str, int]) -> str:
+    """The share of the faults that change behaviour which a test notices, in percent."""
+    real = found["faults"] - found["equivalent"]
+    return f"{100 * found['killed'] / real:.1f} %" if real else "-"
+
+
+def what_is_tested() -> str:
+    """The page as it is, with the table of faults of the last run."""
+    told = json.loads(COUNTS.read_text("utf-8"))
+    keys = ("faults", "equivalent", "killed", "explained")
+    modules = dict(sorted(told["modules"].items()))
+    total = {key: sum(found[key] for found in modules.values()) for key in keys}
+    rows = [
+        [name, *(str(found[key]) for key in keys), noticed(found)]
+        for name, found in {**modules, "*all*": total}.items()
+    ]
+    head = ["module", "faults", "no change", "noticed", "missed, explained", "share"]
+    made = (
+        f"Commit {told['commit']}, {told['date']}, {told['machine']}, Python {told['python']},\n"
+        f"torch {told['torch']}, cosmic-ray {told['cosmic-ray']}:"
+    )
+    before, begin, rest = (DOCS / TESTED).read_text("utf-8").partition("<!-- faults -->\n")
+    _, end, behind = rest.partition("\n<!-- end of faults -->")
+    return (before + begin + made + "\n\n" + table(head, rows) + "\n" + end + behind).rstrip("\n")
+
+
+def explained_faults() -> str:
+    """Every fault that no test notices, and why."""
+    rows = json.loads(EXPLAINED.read_text("utf-8"))
+    sections = []
+    for kind, title in (
+        ("equivalent", "That change nothing that is promised"),
+        ("untested", "That would be felt, and are not noticed"),
+    ):
+        lines = [
+            [f"`{row['module']}`", f"`{row['was']}`", f"`{row['becomes']}`", row["why"]]
+            for row in sorted(rows, key=lambda row: row["module"])
+            if row["kind"] == kind
+        ]
+        if lines:
+            sections += [f"## {title}", table(["module", "was", "becomes", "why"], lines)]
+    return "\n\n".join(
+        [
+            "# Faults that no test notices",
+            MADE.strip(),
+            "Deliberate ones, of `tools/mutation.sh`: see {doc}`what-is-tested`. Kept in\n"
+            "`docs/explanation/evidence/mutation-explained.json`.",
+            *sections,
+        ]
+    )
+
+
 PAGES = {
+    TESTED: what_is_tested,
+    "explanation/unnoticed-faults.md": explained_faults,
     "reference/support-matrix.md": support_matrix,
     "reference/autocast-dtypes.md": autocast_dtypes,
 }
