@@ -90,7 +90,7 @@ def training_step(ctx: DeviceContext) -> dict[str, Any]:
     """
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the devices, too
             model = torch.nn.Sequential(
                 torch.nn.Conv2d(3, 8, 3, padding=1),
                 torch.nn.BatchNorm2d(8),

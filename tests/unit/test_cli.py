@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
-from portable_amp import DeviceContext, cli, doctor
+from portable_amp import DeviceContext, choose, cli, doctor
 from portable_amp.testing import play
+from portable_amp.traps import traps_for
 
 
 def test_the_doctor_finds_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +52,97 @@ def test_a_step_that_ends_in_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.nn.functional.cross_entropy
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *a: real(*a) * float("nan"))
     assert "not finite" in doctor.training_step(DeviceContext("cpu"))["error"]
+
+
+def test_the_doctor_leaves_every_random_state_alone() -> None:
+    with play("t4", live=True):
+        torch.manual_seed(7)
+        expected = torch.rand(3), torch.rand(3, device="cuda").cpu()
+        torch.manual_seed(7)
+        first = torch.rand(3)
+        assert doctor.training_step(DeviceContext("cpu"))["ok"]
+        assert doctor.training_step(DeviceContext("cuda"))["ok"]
+        assert torch.equal(torch.rand(3, device="cuda").cpu(), expected[1])
+        assert torch.equal(first, expected[0])
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        doctor.diagnose()
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_doctor_seeds_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    assert doctor.training_step(DeviceContext("cpu"))["ok"]
+    assert not seeded
+
+
+def test_the_doctor_leaves_logging_and_warnings_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    level, filters = doctor.logger.level, list(warnings.filters)
+    doctor.diagnose()
+    assert not caplog.records
+    monkeypatch.setattr(doctor, "examine", lambda name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        doctor.diagnose()
+    assert (doctor.logger.level, warnings.filters) == (level, filters)
+
+
+def test_what_is_warned_of_meanwhile_is_a_note_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.examine
+
+    def warns(name: str) -> dict[str, object]:
+        warnings.warn("the driver is old", stacklevel=2)
+        return real(name)
+
+    monkeypatch.setattr(doctor, "examine", warns)
+    with play("a100", count=2):
+        found = doctor.diagnose()
+    assert found["notes"].count("the driver is old") == 1
+    assert [device["device"] for device in found["devices"]] == ["cuda:0", "cuda:1", "cpu"]
+
+
+@pytest.mark.parametrize("key", ["t4", "m2-macos15", "arc-a770", "cpu-avx512bf16"])
+def test_the_findings_are_those_of_the_machine(key: str) -> None:
+    with play(key) as played:
+        found = doctor.diagnose()
+        can = played.machine.capabilities
+        hardware = played.machine.hardware
+    device = found["devices"][0]
+    words = {None: "unknown", True: "yes", False: "absent"}
+    assert {name: device[name] for name in ("name", "total_memory", "dtypes", "autocast")} == {
+        "name": can.name,
+        "total_memory": can.total_memory,
+        "dtypes": {
+            "float32": "native",
+            "float16": can.float16.value,
+            "bfloat16": can.bfloat16.value,
+            "float64": words[can.float64],
+        },
+        "autocast": can.autocast,
+    }
+    assert device["grad_scaler"] == can.grad_scaler
+    assert device["evidence"] == list(can.evidence)
+    for request in ("auto", "fp16", "bf16"):
+        plan = choose(request, can)
+        told = {"precision": plan.name, "scaler": plan.scaler, "reason": plan.reason}
+        assert device["plans"][request] == told
+    assert [(trap["what"], trap["cure"], trap["source"]) for trap in device["traps"]] == [
+        (trap.what, trap.cure, trap.source) for trap in traps_for(hardware, can)
+    ]
+    assert found["chosen"] == device["device"]
+    assert found["python"] == platform.python_version()
+    assert found["system"] == f"{platform.system()} {platform.machine()}"
+    assert found["torch"] == torch.__version__
+    assert found["ok"] is all(device["step"]["ok"] for device in found["devices"])
+    report = doctor.report(found).splitlines()
+    assert report[0] == f"torch {torch.__version__}, Python {found['python']}, {found['system']}"
+    size = f", {can.total_memory / 2**30:.0f} GiB" if can.total_memory else ""
+    assert f"{device['device']}: {can.name}{size}  <- DeviceContext() takes it" in report
+    assert sum("takes it" in line for line in report) == 1
+    for line in (f"  seen: {can.evidence[0]}", f"  fp16 -> {device['plans']['fp16']['precision']}"):
+        assert any(told.startswith(line) for told in report)
 
 
 def test_a_setting_that_names_no_device_is_noted(

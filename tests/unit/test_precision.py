@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -62,9 +62,15 @@ def test_facts_that_are_derived_are_those_of_the_catalogue(row: Machine) -> None
     ("value", "expected"),
     [
         *zip(("auto", True, None, " AUTO "), itertools.repeat("auto")),
-        *zip(("fp32", False, "no", "32-true", "32", 32, torch.float32), itertools.repeat("fp32")),
+        *zip(
+            ("fp32", False, "no", "32-true", "32", "float32", 32, torch.float32),
+            itertools.repeat("fp32"),
+        ),
         *zip(("Float", "torch.float32"), itertools.repeat("fp32")),
-        *zip(("fp16", "16-mixed", "half", 16, torch.float16, "FP16"), itertools.repeat("fp16")),
+        *zip(
+            ("fp16", "16-mixed", "half", "16", "float16", 16, torch.float16, "FP16"),
+            itertools.repeat("fp16"),
+        ),
         ("torch.half", "fp16"),
         *zip(("bf16", "bf16-mixed", "bfloat16", torch.bfloat16), itertools.repeat("bf16")),
     ],
@@ -78,6 +84,10 @@ def test_spellings(value: object, expected: str) -> None:
     [
         ("bf15", "did you mean 'bf16'"),
         ("16-true", "casts the model itself"),
+        ("bf16-true", "casts the model itself"),
+        ("transformer-engine", "casts the model itself"),
+        ("atuo", "did you mean 'auto'"),
+        (0.5, r"it is no precision\. Use"),
         (1, "it is no precision"),
         (0, "it is no precision"),
         (1.0, "it is no precision"),
@@ -119,6 +129,15 @@ def test_fp16_needs_a_scaler_that_exists() -> None:
     plan = choose("fp16", can)
     assert plan.dtype is torch.float32
     assert "gradient scaler" in plan.reason
+
+
+def test_a_plan_is_for_good_and_says_nothing_that_was_not_measured() -> None:
+    plan = choose("auto", machine("a100").capabilities)
+    assert (plan.tuned, plan.chunk, plan.compiled, plan.fell_back) == (False, None, False, False)
+    assert plan.memory_format is torch.contiguous_format
+    assert [replace(plan, request=words).tuned for words in ("tuned", "tuned fp32")] == [True] * 2
+    with pytest.raises(FrozenInstanceError):
+        plan.dtype = torch.float32  # type: ignore[misc]
 
 
 def test_only_fp16_is_scaled() -> None:
