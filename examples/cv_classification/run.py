@@ -45,7 +45,7 @@ class Progress:
     history: list[Row] = field(default_factory=list)
 
 
-@dataclass(eq=False)  # it is itself; split_on_oom remembers what fitted for each
+@dataclass
 class Run:
     """All that a checkpoint keeps, and what it is kept for."""
 

@@ -175,7 +175,7 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
         start = index - index % settings.accumulate
         run.group = min(settings.accumulate, len(batches) - start)
         batch = mix(images.float(), labels) if mix else (images, labels)
-        losses += split_on_oom(run.forward_backward, batch, parameters=net.parameters())
+        losses += split_on_oom(run.forward_backward, batch, parameters=net)
         names += indexes.tolist()
         if index + 1 < start + run.group:
             continue

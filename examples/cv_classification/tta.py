@@ -73,7 +73,7 @@ def merge(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().softmax(-1).mean(0)
 
 
-@dataclass(eq=False)  # it is itself; split_on_oom remembers what fitted for each
+@dataclass
 class Looks:
     """What one prediction looks at of each image."""
 

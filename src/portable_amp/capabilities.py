@@ -41,6 +41,8 @@ class Capabilities:
     """torch.autocast works for this device type with this torch."""
     grad_scaler: bool
     """torch.amp.GradScaler works on tensors of this device."""
+    missing_dtypes: tuple[torch.dtype, ...] = ()
+    """Floating dtypes of which there are no tensors there."""
     autocast_float32: bool = False
     """torch.autocast(dtype=torch.float32) means something: it runs the fp32 list in fp32."""
     mixed_precision_caveat: str = ""
@@ -194,7 +196,8 @@ def _derive_mps(hw: Hardware) -> Capabilities:
     # Source: torch's release notes and source: fp16 autocast on MPS since 2.5, bf16 since 2.6 and
     # macOS 14; the kernels GradScaler needs since 2.8.
     fp16 = hw.torch_version >= (2, 5)
-    bf16 = hw.torch_version >= (2, 6) and (hw.macos or (0, 0)) >= (14, 0)
+    has_bf16 = (hw.macos or (0, 0)) >= (14, 0)
+    bf16 = hw.torch_version >= (2, 6) and has_bf16
     mac = "macOS {}.{}".format(*(hw.macos or (0, 0)))
     return _assemble(
         hw,
@@ -202,6 +205,7 @@ def _derive_mps(hw: Hardware) -> Capabilities:
         bfloat16=Support.NATIVE if bf16 else Support.ABSENT,
         autocast=hw.autocast and fp16,
         grad_scaler=hw.torch_version >= (2, 8),
+        lacks=() if has_bf16 else (torch.bfloat16,),
         caveat="torch's autocast covers only part of its operations on MPS",
         evidence=[
             f"{mac}, torch {hw.torch_version[0]}.{hw.torch_version[1]}",
@@ -253,6 +257,7 @@ def _assemble(
     autocast: bool | None = None,
     grad_scaler: bool = True,
     autocast_float32: bool = False,
+    lacks: tuple[torch.dtype, ...] = (),
     caveat: str = "",
 ) -> Capabilities:
     return Capabilities(
@@ -261,6 +266,10 @@ def _assemble(
         float16=float16,
         bfloat16=bfloat16,
         float64=hw.float64,
+        missing_dtypes=(
+            *((torch.float64, torch.complex128) if hw.float64 is False else ()),
+            *lacks,
+        ),
         autocast=hw.autocast if autocast is None else autocast,
         grad_scaler=grad_scaler,
         autocast_float32=autocast_float32,

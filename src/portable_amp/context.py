@@ -216,10 +216,12 @@ class DeviceContext:
         )
 
     def to(self, value: T) -> T:
-        """A module, moved in place, or a batch: tensors nested in dicts, lists and tuples.
+        """A module, moved in place, or a batch: tensors nested in containers and data classes.
 
-        Copies are asynchronous where that is safe. On a device without float64, float64 tensors
-        become float32, and that is said once. A tuned context lays out images, too.
+        Containers keep their type, and what has a method `to` of its own is moved by it. Copies are
+        asynchronous where that is safe. A dtype that the device lacks, such as float64 on MPS,
+        becomes a narrower one, and what has to stay where it is stays; each is said once. A tuned
+        context lays out images, too.
         """
         moved: T = to_device(value, self.device, self.backend, self.capabilities)
         layout = self.plan.memory_format
@@ -246,9 +248,11 @@ class DeviceContext:
     ) -> Iterator[Any]:
         """The same batches on the device, each made ready while it computes with the one before.
 
-        A thread loads them. With CUDA and XPU they are copied on a stream of their own, which the
-        device computes beside if they are pinned (see `loader_options`). A second batch takes
-        memory on the device. On a CPU each is loaded when it is asked for.
+        That takes a DataLoader with worker processes: a thread waits for them. With CUDA and XPU
+        batches are copied on a stream of their own, which the device computes beside if they are
+        pinned (see `loader_options`). A second batch takes memory on the device. On a CPU, and of
+        anything else, each is loaded when it is asked for, in the loop's own thread: loading ahead
+        would draw from the random state beside the loop, and no seed would repeat the run.
 
         Args:
             batches: a DataLoader, or anything else that yields batches.

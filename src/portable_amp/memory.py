@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import functools
+import inspect
+import itertools
 import traceback
+import types
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -17,7 +23,7 @@ from portable_amp.backends import (
     torch_function,
 )
 from portable_amp.errors import PortableAmpError
-from portable_amp.nested import length_of, slice_of, tensors_in
+from portable_amp.nested import is_container, length_of, slice_of, tensors_in
 
 T = TypeVar("T")
 
@@ -97,16 +103,20 @@ _OOM_TYPES = tuple(
     if kind is not None
 )
 
-# The size that fitted: by object and name for a method, else by code, for a lambda made anew for
-# each batch is the same step.
-_fitted: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+# What fitted, by step and what it closes over: samples, by the elements of one sample. The more a
+# sample has the fewer fit, so that what fitted for smaller ones bounds what may fit for larger.
+_fitted: collections.OrderedDict[Any, dict[int, int]] = collections.OrderedDict()
+_MOST_STEPS = 256
+_numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
+"""By the id of an object that is alive."""
+_count = itertools.count()
 
 
 def split_on_oom(
     step: Callable[[Any, float], T],
     batch: Any,
     *,
-    parameters: Iterable[torch.Tensor] = (),
+    parameters: torch.nn.Module | Iterable[torch.Tensor] = (),
     size: int | None = None,
 ) -> list[T]:
     """Run `step` on the batch; when memory runs out, on halves of it, whose gradients add up.
@@ -114,13 +124,14 @@ def split_on_oom(
     `step(part, weight)` computes one part. Where it trains, it multiplies its mean loss with
     `weight`, the part's share of the batch, before backward; the sum of the gradients is then the
     whole batch's. BatchNorm sees the parts, not the batch. The size that fitted is remembered for
-    this step, and the next batch starts with it.
+    this step of this model, and the next batch of samples as large, or larger, starts with it.
 
     Args:
         step: the forward pass, and in training the backward pass; it must not touch the optimizer.
-        batch: a tensor, or tensors nested in dicts, lists and tuples, each (N, ...).
-        parameters: what gets gradients in `step`, so that a backward pass that broke off half-way
-            can be undone. Needed for training only.
+        batch: a tensor, or tensors nested in containers, each (N, ...).
+        parameters: the model, or what gets gradients in `step`, so that a backward pass that broke
+            off half-way can be undone; of a model also the buffers, such as BatchNorm's statistics.
+            Needed for training only.
         size: samples in a part to begin with, such as `ctx.plan.chunk`; None: the whole batch.
 
     Returns:
@@ -128,7 +139,7 @@ def split_on_oom(
 
     Raises:
         PortableAmpError: memory ran out in a backward pass and no parameters were given.
-        ValueError: `size` is less than 1.
+        ValueError: `size` is less than 1; or the batch has to be cut, and cannot be.
         Exception: the device's own error, when even a part of one sample does not fit, or when
             several processes train together, where each must make the same number of passes.
 
@@ -144,11 +155,23 @@ def split_on_oom(
     if size is not None and size < 1:
         raise ValueError(f"size={size!r}: a part has at least one sample")
     total = length_of(batch)
-    fitted = _fitted_by(step)
-    name = getattr(step, "__name__", "")
-    size = first = min(fitted.get(name, total), size or total, total)
+    tensors = list(tensors_in(batch))
+    elements = sum(one.numel() // total for one in tensors if one.dim())
+    key = _key(step)
+    fitted = _fitted.setdefault(key, {})
+    _fitted.move_to_end(key)
+    if len(_fitted) > _MOST_STEPS:
+        _fitted.popitem(last=False)
+    known = [samples for sample, samples in fitted.items() if sample <= elements]
+    size = first = min([*known, size or total, total])
+    held: list[torch.Tensor] = []
+    if isinstance(parameters, torch.nn.Module):
+        trained = [one for one in parameters.modules() if one.training]
+        held = [buffer for one in trained for buffer in one.buffers(recurse=False)]
+        parameters = parameters.parameters()
     leaves = [leaf for leaf in parameters if leaf.requires_grad]
     before = [leaf.grad for leaf in leaves]
+    buffers = [buffer.clone() for buffer in held]
     while True:
         _set_grads(leaves, [None] * len(leaves))
         try:
@@ -159,29 +182,77 @@ def split_on_oom(
             break
         except BaseException as error:
             _set_grads(leaves, before)
+            with torch.no_grad():
+                for buffer, kept in zip(held, buffers):  # noqa: B905
+                    buffer.copy_(kept)
             if not is_oom_error(error) or size == 1 or _several_processes():
                 raise
             if not leaves and _in_backward(error):
                 raise PortableAmpError(
                     "memory ran out in a backward pass, and gradients may be half-added: give "
-                    "split_on_oom the model's parameters=... so that it can undo them"
+                    "split_on_oom the model as parameters=... so that it can undo them"
                 ) from error
         # Outside `except`: the error's traceback keeps every tensor of the failed step alive
         # (pytorch#27600).
         size = (size + 1) // 2
-        clear_cache(next(tensors_in(batch)).device)
+        clear_cache(tensors[0].device)
     if size < first:
-        fitted[name] = size
+        fitted[elements] = size
     _set_grads(leaves, [_sum(old, leaf.grad) for old, leaf in zip(before, leaves)])  # noqa: B905
     return done
 
 
-def _fitted_by(step: Callable[..., Any]) -> dict[str, int]:
-    owner = getattr(step, "__self__", None) or getattr(step, "__code__", step)
-    try:
-        return _fitted.setdefault(owner, {})
-    except TypeError:  # no hash or no weak references: the size is found anew for each batch
-        return {}
+def _key(step: Any) -> tuple[Any, ...]:
+    """A step as what it computes: its code, and the models and objects that this closes over.
+
+    A lambda made anew for each batch is the same step; one over another model is another.
+    """
+    parts: list[Any] = [torch.is_grad_enabled()]
+    closed: list[Any] = []
+    while isinstance(step, functools.partial):
+        closed += [*step.args, *step.keywords.values()]
+        step = step.func
+    if isinstance(step, types.MethodType):
+        parts.append(_number(step.__self__))
+        step = step.__func__
+    step = inspect.unwrap(step)
+    code = getattr(step, "__code__", None)
+    if code is None:
+        code = _number(step)
+    else:
+        closed += _closed_over(step)
+    return (*parts, code, *(_number(one) for one in closed if not _of_data(one)))
+
+
+def _closed_over(function: types.FunctionType) -> list[Any]:
+    closed = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not yet filled
+            closed.append(cell.cell_contents)
+    # A global name may be given to another model, as in a notebook.
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return [*closed, *(one for one in named if isinstance(one, torch.nn.Module))]
+
+
+def _of_data(thing: Any) -> bool:
+    """Whether it is made anew for each batch, and no part of the step."""
+    if isinstance(thing, torch.Tensor) or not hasattr(thing, "__dict__"):
+        return True
+    return is_container(thing) and not any(
+        isinstance(held, torch.nn.Module) for held in vars(thing).values()
+    )
+
+
+def _number(thing: Any) -> int:
+    """A number of its own for an object: not its id, which the next one at its place has, too."""
+    at = id(thing)
+    if at not in _numbers:
+        try:
+            alive = weakref.ref(thing, lambda _: _numbers.pop(at, None))
+        except TypeError:  # it takes no weak references
+            return -at
+        _numbers[at] = alive, next(_count)
+    return _numbers[at][1]
 
 
 def _set_grads(leaves: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,8 +13,15 @@ import torch
 from portable_amp.backends import Backend
 from portable_amp.capabilities import Capabilities
 from portable_amp.errors import PrecisionFallbackWarning
-from portable_amp.nested import map_tensors, tensors_in
+from portable_amp.nested import held_by, map_tensors
 from portable_amp.notices import tell_once
+
+# What takes the place of a dtype that a device lacks.
+_NARROWER = {
+    torch.float64: torch.float32,
+    torch.complex128: torch.complex64,
+    torch.bfloat16: torch.float32,
+}
 
 
 def to_device(
@@ -22,75 +29,112 @@ def to_device(
 ) -> Any:
     """`value` on `device`: a module, moved in place as in torch, or tensors nested in containers.
 
-    Copies are asynchronous only from page-locked memory to a device that keeps them in order. On a
-    device without float64, float64 tensors become float32, and that is said once.
+    Copies are asynchronous only from page-locked memory to a device that keeps them in order. A
+    dtype that the device lacks becomes another, and that is said once. What has a method `to` of
+    its own is moved by it. What holds tensors and has none stays, and that is said once, too.
     """
-    lacks_float64 = capabilities.float64 is False
+    missing, pins = capabilities.missing_dtypes, backend.pins_memory
 
     def narrow(tensor: torch.Tensor) -> torch.Tensor:
-        if not lacks_float64 or tensor.dtype is not torch.float64:
+        had = tensor.dtype
+        if had not in missing:
             return tensor
+        gets = _NARROWER[had]
         tell_once(
-            ("float64", device.type),
-            f"{device.type} has no float64: such tensors are moved there as float32.",
+            (had, device.type),
+            f"{device.type} has no {_name(had)} here: such tensors are moved there as "
+            f"{_name(gets)}.",
             PrecisionFallbackWarning,
         )
-        return tensor.to(torch.float32)
+        return tensor.to(gets)
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        if lacks_float64:
+        if missing:
             tensor = narrow(tensor)  # before asking: the narrowed copy is not in pinned memory
-        return tensor.to(device, non_blocking=backend.pins_memory and tensor.is_pinned())
+        return tensor.to(device, non_blocking=pins and tensor.is_pinned())
 
-    if isinstance(value, torch.nn.Module):
-        for held in (*value.parameters(), *value.buffers()):
+    def move_whole(thing: Any) -> Any:
+        if not isinstance(thing, torch.nn.Module):
+            return thing.to(device)
+        for held in (*thing.parameters(), *thing.buffers()) if missing else ():
             held.data = narrow(held.data)
+            if held.grad is not None:
+                held.grad = narrow(held.grad)
         future: Any = torch.__future__
         before = future.get_swap_module_params_on_conversion()
         future.set_swap_module_params_on_conversion(before or backend.replaces_parameters)
         try:
-            return value.to(device)
+            return thing.to(device)
         finally:
             future.set_swap_module_params_on_conversion(before)
-    return map_tensors(move, value)
+
+    return map_tensors(move, value, move_whole, _tell_of_what_stays)
+
+
+def _tell_of_what_stays(thing: Any) -> None:
+    """Say of something that is neither moved nor looked into that it should be, if so."""
+    kind = type(thing)
+    numbers = hasattr(thing, "__array_interface__") and thing.ndim and thing.dtype.kind in "biufc"
+    if numbers:
+        cure = "make it a tensor, with torch.as_tensor"
+    elif next(held_by(thing), None) is not None:
+        cure = "give it a method to(device), make it a data class, or take its tensors out"
+    else:
+        return
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    tell_once(("stays", kind), f"a batch has a {name}, which ctx.to leaves where it is: {cure}.")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def prefetch(
     batches: Iterable[Any], move: Callable[[Any], Any], device: torch.device, backend: Backend
 ) -> Iterator[Any]:
-    """What `move` makes of each batch, made while the device computes with the one before.
+    """What `move` makes of each batch; from loader processes, while the device computes.
 
-    Where copies may be asynchronous they run on a stream of their own.
+    Only such a loader is asked ahead, by a thread: anything else would draw from the global random
+    state beside the loop, and no seed would repeat it. Where copies may be asynchronous they run on
+    a stream of their own.
     """
-    if backend.synchronize is None:
-        # The CPU: it computes on the very cores that would load. 5 % slower, measured.
+    if backend.synchronize is None or not getattr(batches, "num_workers", 0):
+        # A CPU computes on the very cores that would load. 5 % slower, measured.
         yield from map(move, batches)
         return
     source, end = iter(batches), object()
     streams: Any = torch.get_device_module(device) if backend.pins_memory else None
     side = streams.Stream(device=device) if streams else None
 
-    def load() -> tuple[Any, Any]:
-        if side is None:
-            return next(source, end), None
-        with streams.stream(side):  # pinning, too, is for this device, not for a thread's first
-            batch = next(source, end)
-            return (batch if batch is end else move(batch)), side.record_event()
+    def load(grad: bool, inference: bool) -> tuple[Any, Any]:
+        batch = next(source, end)
+        if batch is end or side is None:
+            return batch, None
+        # The modes are each thread's own; the loop's are meant.
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), streams.stream(side):
+            return move(batch), side.record_event()
+
+    def ahead() -> Future[tuple[Any, Any]]:
+        return pool.submit(load, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
 
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(load)
+        coming = ahead()
         while (loaded := coming.result())[0] is not end:
-            coming = pool.submit(load)
+            coming = ahead()
             batch, copied = loaded
             if side is None:
                 batch = move(batch)
             else:
                 here = streams.current_stream(device)
                 here.wait_event(copied)
-                for tensor in tensors_in(batch):
+
+                def keep(tensor: torch.Tensor, here: Any = here) -> torch.Tensor:
                     if tensor.device.type == device.type:
                         # Or its memory could be given to the batch after next while it is read.
                         tensor.record_stream(here)
+                    return tensor
+
+                map_tensors(keep, batch, lambda thing: [*map(keep, held_by(thing))])
             yield batch
 
 

@@ -13,9 +13,9 @@ import portable_amp
 PACKAGE = Path(portable_amp.__file__).parent
 
 FLOORS = (
-    {"errors", "launchers", "nested"},
+    {"errors", "launchers"},
     {"notices"},
-    {"backends"},
+    {"backends", "nested"},
     {"capabilities"},
     {"precision", "traps"},
     {"autocast", "memory", "transfer", "rng", "checkpoint", "distributed"},

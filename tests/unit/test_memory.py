@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import gc
 import weakref
 from collections import namedtuple
@@ -13,6 +16,7 @@ from portable_amp import (
     PortableAmpError,
     clear_cache,
     is_oom_error,
+    memory,
     memory_stats,
     split_on_oom,
 )
@@ -298,3 +302,178 @@ def test_a_first_size_bounds_the_parts_and_is_not_remembered() -> None:
     assert sizes == [2, 2, 1, 5, 2]
     with pytest.raises(ValueError, match="size=0"):
         split_on_oom(step, torch.zeros(2), size=0)
+
+
+@pytest.mark.parametrize("hashable", [True, False])
+def test_steps_of_one_code_over_other_models_are_others(hashable: bool) -> None:
+    def step_of(model: Device) -> Any:
+        return lambda part, weight: model.step(part, weight)
+
+    def partly(model: Device, part: Any, weight: float) -> float:
+        return model.step(part, weight)
+
+    def with_default(model: Device) -> Any:
+        def step(part: Any, weight: float, model: Device = model) -> float:
+            return model.step(part, weight)
+
+        return step
+
+    kind = Device if hashable else type("Unhashable", (Device,), {"__hash__": None})
+    for make in (step_of, with_default, lambda model: functools.partial(partly, model)):
+        small, large = kind(2), kind(8)
+        for device in (small, large, small):
+            split_on_oom(make(device), batch(8), parameters=device.model)
+        assert large.sizes == [8]
+        assert small.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]  # remembered, though made anew
+
+
+def test_a_global_model_that_is_replaced_is_another() -> None:
+    sizes: list[int] = []
+    names: dict[str, Any] = {"room": 2, "sizes": sizes, "model": torch.nn.Linear(1, 1)}
+    exec(
+        "def step(part, weight):\n"
+        "    sizes.append(len(part))\n"
+        "    if len(part) > room: raise MemoryError\n"
+        "    return model(part)\n",
+        names,
+    )
+    split_on_oom(names["step"], torch.ones(4, 1))
+    names.update(room=4, model=torch.nn.Linear(1, 1))
+    split_on_oom(names["step"], torch.ones(4, 1))
+    assert sizes == [4, 2, 2, 4]
+
+
+def test_what_fitted_bounds_larger_samples_and_not_smaller_ones() -> None:
+    sizes: list[tuple[int, int]] = []
+
+    def step(part: torch.Tensor, weight: float) -> None:
+        sizes.append((len(part), part.shape[1]))
+        if part.numel() > 40:
+            raise MemoryError
+
+    for width in (10, 5, 20):
+        split_on_oom(step, torch.zeros(8, width))
+    assert sizes == [
+        *((8, 10), (4, 10), (4, 10)), (8, 5), *((4, 20), (2, 20), (2, 20), (2, 20), (2, 20))
+    ]  # fmt: skip
+
+
+def test_training_bounds_not_what_needs_no_gradients() -> None:
+    sizes: list[int] = []
+
+    def step(part: torch.Tensor, weight: float) -> None:
+        sizes.append(len(part))
+        if torch.is_grad_enabled() and len(part) > 1:
+            raise MemoryError
+
+    split_on_oom(step, torch.zeros(2))
+    with torch.no_grad():
+        split_on_oom(step, torch.zeros(2))
+    assert sizes == [2, 1, 1, 2]
+
+
+def test_steps_are_not_remembered_for_ever() -> None:
+    before = {*memory._fitted}
+    for _ in range(300):
+        split_on_oom(functools.partial(Device(9).step), batch(2))
+    assert len(memory._fitted) <= 256
+    assert not before & {*memory._fitted}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_of_a_pass_that_failed_are_undone(training: bool) -> None:
+    torch.manual_seed(0)
+    norm, data = torch.nn.BatchNorm1d(3).train(training), torch.randn(8, 3)
+    expected = copy.deepcopy(norm)
+    for part in data.split(4):
+        expected(part)
+
+    def step(part: torch.Tensor, weight: float) -> None:
+        norm(part).sum().backward()
+        if len(part) > 4:
+            raise MemoryError
+
+    split_on_oom(step, data, parameters=norm)
+    for name, buffer in norm.named_buffers():
+        assert torch.equal(buffer, expected.get_buffer(name)), name
+    state = copy.deepcopy(norm.state_dict())
+
+    def broken(part: torch.Tensor, weight: float) -> None:
+        norm(part)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        split_on_oom(broken, data, parameters=norm)
+    assert all(torch.equal(value, state[name]) for name, value in norm.state_dict().items())
+
+
+def test_the_cache_is_cleared_before_each_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(memory, "clear_cache", done.append)
+
+    def step(part: torch.Tensor, weight: float) -> None:
+        done.append(len(part))
+        if len(part) > 1:
+            raise MemoryError
+
+    split_on_oom(step, torch.zeros(4))
+    cpu = torch.device("cpu")
+    assert done == [4, cpu, 2, cpu, 1, 1, 1, 1]
+
+
+@dataclasses.dataclass
+class Sequence:
+    tokens: torch.Tensor
+    names: list[str]
+
+
+class Table:
+    """Rows in columns, as TensorDict and its like have them."""
+
+    def __init__(self, **columns: torch.Tensor) -> None:
+        self.columns = columns
+
+    def to(self, device: Any) -> Table:
+        return Table(**{name: one.to(device) for name, one in self.columns.items()})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, rows: slice) -> Table:
+        return Table(**{name: one[rows] for name, one in self.columns.items()})
+
+
+class Closed:
+    def __init__(self) -> None:
+        self.held = {"x": torch.arange(4)}
+
+
+def test_data_classes_and_what_can_be_sliced_are_cut() -> None:
+    seen: list[Any] = []
+
+    def step(part: Any, weight: float) -> None:
+        if len(part[0].tokens) > 2:
+            raise MemoryError
+        seen.append((part[0].tokens.tolist(), part[0].names, part[1].columns["x"].tolist()))
+
+    split_on_oom(step, (Sequence(torch.arange(4), list("abcd")), Table(x=torch.arange(4))))
+    assert seen == [([0, 1], ["a", "b"], [0, 1]), ([2, 3], ["c", "d"], [2, 3])]
+
+
+def test_what_cannot_be_cut_is_refused_and_not_repeated() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(1)])
+
+    def step(part: Any, weight: float) -> None:
+        raise MemoryError
+
+    for part, why in ((packed, "PackedSequence"), (Closed(), "Closed")):
+        with pytest.raises(ValueError, match=f"a {why} cannot be cut"):
+            split_on_oom(step, (torch.arange(4), part))
+
+
+def test_the_next_object_at_the_same_place_is_another() -> None:
+    numbers = set()
+    for _ in range(50):  # each is gone before the next is made, mostly at the same address
+        numbers.add(memory._number(Closed()))
+    assert len(numbers) == 50
+    assert memory._number(memory) == memory._number(memory)

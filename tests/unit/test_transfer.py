@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
-from collections import OrderedDict, namedtuple
+import types
+import warnings
+from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +15,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from portable_amp import DeviceContext, PrecisionFallbackWarning
-from portable_amp.backends import backend_for
+from portable_amp.nested import held_by, tensors_in
+from portable_amp.notices import forget as forget_notices
 from portable_amp.testing import play
-from portable_amp.transfer import to_device
 from support import playing
 
 Pair = namedtuple("Pair", "image label")
-CPU = torch.device("cpu")
 
 
 class Copies:
@@ -66,20 +68,164 @@ def test_a_narrowed_copy_is_not_in_pinned_memory(monkeypatch: pytest.MonkeyPatch
     assert copies.non_blocking == [False]
 
 
-def test_containers_keep_their_type_and_other_things_their_identity() -> None:
+@dataclasses.dataclass
+class Sample:
+    image: torch.Tensor
+    name: str = "cat"
+    length: int = dataclasses.field(init=False, default=0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    image: torch.Tensor
+    more: list[torch.Tensor]
+
+
+class Attrs:
+    """As the attrs package makes them: fields without a place for more, and their names."""
+
+    __slots__ = ("image",)
+    __attrs_attrs__ = (types.SimpleNamespace(name="image"),)
+
+    def __init__(self, *, image: torch.Tensor) -> None:
+        self.image = image
+
+
+class Encoding(UserDict):  # type: ignore[type-arg]
+    """As BatchEncoding of transformers: a mapping with state of its own, and a method to."""
+
+    def __init__(self, data: Any, encodings: str) -> None:
+        super().__init__(data)
+        self.encodings = encodings
+
+    def to(self, device: Any) -> Encoding:
+        self.data = {name: one.to(device) for name, one in self.data.items()}
+        return self
+
+
+class Graph:
+    """As Data of PyTorch Geometric: no mapping, with a method to."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def to(self, device: Any) -> Graph:
+        return Graph(self.x.to(device))
+
+
+class Bag:
+    """Holds a tensor, and can do nothing with it."""
+
+    def __init__(self) -> None:
+        self.parts = [torch.ones(1)]
+
+
+class Words(list[Any]):
+    """A list with a note."""
+
+
+def kinds(x: torch.Tensor) -> dict[str, Any]:
+    noted = Words([x])
+    noted.note = "kept"  # type: ignore[attr-defined]
+    packed = torch.nn.utils.rnn.pack_sequence([x, x[:1]], enforce_sorted=False)
+    return {
+        "tensor": x,
+        "list": [x, (x, "name")],
+        "pair": Pair(x, "name"),
+        "ordered": OrderedDict(b=x, a=x),
+        "default": defaultdict(list, a=x),
+        "user": UserDict(a=x),
+        "chain": ChainMap({"a": x}, {"b": x}),
+        "view": types.MappingProxyType({"a": x}),
+        "queue": deque([x, x], maxlen=5),
+        "words": noted,
+        "set": {x},
+        "data": Sample(x),
+        "frozen": Frozen(x, [x]),
+        "attrs": Attrs(image=x),
+        "packed": packed,
+        "encoding": Encoding({"ids": x}, "kept"),
+        "graph": Graph(x),
+        "parameter": torch.nn.Parameter(x.clone()),
+        "module": torch.nn.ParameterList([x.clone()]),
+        "sparse": x.to_sparse(),
+        "found": torch.max(x.reshape(1, -1), 1),
+    }
+
+
+def there(thing: Any) -> list[bool]:
+    """Of each tensor in it, whether it is on the played device."""
+    if isinstance(thing, torch.nn.Module):
+        return [parameter.device.type == "cuda" for parameter in thing.parameters()]
+    found = [*tensors_in(thing)] or [*held_by(thing)]
+    return [one.device.type == "cuda" for one in found]
+
+
+@pytest.mark.parametrize("kind", kinds(torch.ones(2)))
+def test_what_a_batch_is_made_of_moves_whole_and_keeps_its_type(kind: str) -> None:
+    if kind == "sparse":
+        pytest.skip("played machines have no sparse tensors; CPU alone below")
+    with play("a100", live=True):
+        thing = kinds(torch.ones(2))[kind]
+        before = there(thing)
+        moved = DeviceContext(precision="fp32").to([thing])[0]
+        assert before
+        assert not any(before)
+        assert there(moved) == [True] * len(before)
+        assert type(moved) is type(thing) or kind in ("tensor", "parameter")
+        if kind == "module":
+            assert moved is thing
+        elif kind not in ("encoding", "set"):  # BatchEncoding moves itself in place
+            assert not any(there(thing))
+
+
+def test_what_containers_have_besides_their_content_is_kept() -> None:
+    moved = DeviceContext("cpu").to(kinds(torch.ones(2)))
+    assert moved["default"]["new"] == []
+    assert list(moved["ordered"]) == ["b", "a"]
+    assert moved["queue"].maxlen == 5
+    assert moved["words"].note == "kept"
+    assert moved["encoding"].encodings == "kept"
+    assert (moved["data"].name, moved["data"].length) == ("cat", 0)
+    assert moved["packed"].batch_sizes.tolist() == [2, 1]
+    assert moved["sparse"].is_sparse
     thing = object()
-    moved = DeviceContext("cpu").to(
-        {
-            "pair": Pair(torch.ones(1), "name"),
-            "list": [torch.ones(1), (torch.ones(2), thing)],
-            "ordered": OrderedDict(a=torch.ones(1)),
-            "array": np.ones(2),
-        }
-    )
-    assert isinstance(moved["pair"], Pair)
-    assert moved["list"][1][1] is thing
-    assert type(moved["ordered"]) is OrderedDict
-    assert isinstance(moved["array"], np.ndarray)
+    assert DeviceContext("cpu").to({"a": (1, 2.5, None, "s", thing)})["a"][4] is thing
+
+
+def test_what_stays_behind_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    forget_notices()
+    ctx = DeviceContext("cpu", precision="fp32")
+    bag, numbers = Bag(), np.ones(2)
+    for _ in range(2):
+        moved = ctx.to(
+            (
+                bag,
+                numbers,
+                np.array(["name"]),
+                np.float32(1),
+                np.float32(1),
+                object(),
+                "text",
+                range(3),
+            )
+        )
+    assert moved[0] is bag
+    assert moved[1] is numbers
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2
+    assert "Bag, which ctx.to leaves where it is: give it a method to(device)" in told[0]
+    assert "numpy.ndarray, which ctx.to leaves where it is: make it a tensor" in told[1]
+
+
+def test_what_contains_itself_is_refused() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    knot: dict[str, Any] = {}
+    knot["knot"] = knot
+    for one in (endless, knot, (knot,)):
+        with pytest.raises(ValueError, match="contains itself"):
+            DeviceContext("cpu").to(one)
 
 
 def test_modules_are_moved_in_place() -> None:
@@ -87,22 +233,50 @@ def test_modules_are_moved_in_place() -> None:
     assert DeviceContext("cpu").to(model) is model
 
 
-def test_float64_becomes_float32_where_it_does_not_exist_and_is_told_once() -> None:
-    with playing("arc-a770") as hardware:
-        from portable_amp.capabilities import derive
-
-        can = derive(hardware)
-    model = torch.nn.Linear(2, 2).double()
+@pytest.mark.parametrize(
+    ("key", "dtype", "expected"),
+    [
+        ("arc-a770", torch.float64, torch.float32),
+        ("arc-a770", torch.complex128, torch.complex64),
+        ("arc-a770", torch.bfloat16, torch.bfloat16),
+        ("m2-macos14", torch.float64, torch.float32),
+        ("m2-macos14", torch.complex128, torch.complex64),
+        ("m2-macos14", torch.bfloat16, torch.bfloat16),
+        ("m1-macos13", torch.bfloat16, torch.float32),
+        ("a100", torch.float64, torch.float64),
+        ("a100", torch.complex128, torch.complex128),
+        ("rx6800", torch.bfloat16, torch.bfloat16),  # it cannot compute in it; it can store it
+    ],
+)
+def test_dtypes_that_a_device_lacks_become_others_and_that_is_told_once(
+    key: str, dtype: torch.dtype, expected: torch.dtype
+) -> None:
+    model = torch.nn.Linear(2, 2, dtype=dtype)
+    tied = torch.nn.ModuleList([model, torch.nn.Linear(2, 2)])
+    tied[1].weight = model.weight
+    model.weight.grad = torch.ones(2, 2, dtype=dtype)
+    model.register_buffer("scale", torch.ones(1, dtype=dtype))
     model.register_buffer("count", torch.tensor(1))
-    with pytest.warns(PrecisionFallbackWarning, match="no float64") as caught:
-        batch = to_device(
-            [torch.ones(1).double(), torch.ones(1, dtype=torch.int64)], CPU, backend_for("xpu"), can
-        )
-        to_device(model, CPU, backend_for("xpu"), can)
-    assert len(caught) == 1
-    assert [tensor.dtype for tensor in batch] == [torch.float32, torch.int64]
-    assert model.weight.dtype is torch.float32
-    assert model.count.dtype is torch.int64
+    with play(key, live=True), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ctx = DeviceContext(precision="fp32")
+        if dtype is not expected:
+            with pytest.raises((TypeError, RuntimeError)):  # as the real one does
+                torch.ones(1, dtype=dtype).to(ctx.device)
+            with pytest.raises((TypeError, RuntimeError)):
+                torch.ones(1, dtype=dtype, device=ctx.device)
+        batch = ctx.to([torch.ones(1, dtype=dtype), torch.ones(1, dtype=torch.int64)])
+        moved = ctx.to([tied])[0][0]
+        assert [one.dtype for one in batch] == [expected, torch.int64]
+        assert {moved.weight.dtype, moved.bias.dtype, moved.scale.dtype} == {expected}
+        assert moved.weight.grad.dtype is expected
+        assert moved.count.dtype is torch.int64
+        assert tied[1].weight is moved.weight
+    told = [one for one in caught if issubclass(one.category, PrecisionFallbackWarning)]
+    assert len(told) == (dtype is not expected)
+    if told:
+        names = (str(one).removeprefix("torch.") for one in (dtype, expected))
+        assert all(name in str(told[0].message) for name in names)
 
 
 def test_float64_stays_where_it_exists() -> None:
@@ -162,45 +336,99 @@ def test_without_the_worker_seeding_workers_repeat_each_other() -> None:
 def test_a_seed_fixes_the_order() -> None:
     ctx = DeviceContext("cpu")
 
-    def order() -> list[int]:
-        loader = DataLoader(range(20), shuffle=True, batch_size=None, **ctx.loader_options(seed=3))  # type: ignore[arg-type]
+    def order(seed: int | None) -> list[int]:
+        options = ctx.loader_options(seed=seed)
+        loader = DataLoader(range(20), shuffle=True, batch_size=None, **options)  # type: ignore[arg-type]
         return list(loader)
 
-    assert order() == order() != list(range(20))
+    torch.manual_seed(0)
+    assert order(3) == order(3) != list(range(20))
+    assert order(3) != order(4)
+    assert order(None) != order(None)
 
 
-def test_prefetching_is_one_batch_ahead_and_changes_nothing() -> None:
-    asked: list[int] = []
-    second = threading.Event()
+class Ahead:
+    """A loader that says it has processes, and notes what it is asked for, where, and how."""
 
-    def numbers() -> Iterator[int]:
-        for number in range(3):
-            asked.append(number)
+    num_workers = 1
+
+    def __init__(self, count: int = 3, *, damaged: bool = False) -> None:
+        self.count, self.damaged = count, damaged
+        self.asked: list[tuple[int, int]] = []
+        self.second = threading.Event()
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(self.count):
+            self.asked.append((number, threading.get_ident()))
             if number == 1:
-                second.set()
+                self.second.set()
             yield number
-        raise ValueError("damaged")
+        if self.damaged:
+            raise ValueError("damaged")
 
-    here = DeviceContext("cpu")
-    assert list(here.prefetch(range(3))) == [0, 1, 2]
-    assert next(here.prefetch(numbers())) == 0
-    assert asked.pop() == 0
-    with play("a100"):
-        there = DeviceContext("cuda")
-        assert list(there.prefetch(range(3))) == [0, 1, 2]
-        assert list(there.prefetch(range(3), lambda number: -number)) == [0, -1, -2]
-        batches = there.prefetch(numbers())
+
+@pytest.mark.parametrize("name", ["a100", "m2-macos14"])
+def test_a_loader_with_processes_is_asked_one_batch_ahead(name: str) -> None:
+    with play(name):
+        there = DeviceContext(precision="fp32")
+        assert list(there.prefetch(Ahead(), lambda number: -number)) == [0, -1, -2]
+        assert list(there.prefetch(Ahead(0))) == []
+        loader = Ahead(damaged=True)
+        batches = there.prefetch(loader)
         assert next(batches) == 0
-        assert second.wait(10)  # is loaded while nobody asks for it
-        assert asked == [0, 1]
+        assert loader.second.wait(10)  # is loaded while nobody asks for it
+        assert [number for number, _ in loader.asked] == [0, 1]
         assert next(batches) == 1
         assert next(batches) == 2
         with pytest.raises(ValueError, match="damaged"):
             next(batches)
-        assert list(there.prefetch([])) == []
-        left = there.prefetch(iter(range(9)))
+        before = threading.active_count()
+        left = there.prefetch(Ahead(9))
         next(left)
         left.close()  # type: ignore[attr-defined]
+        assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("name", ["cpu", "a100", "m2-macos14"])
+def test_anything_else_is_asked_when_its_turn_comes_and_in_the_loops_own_thread(name: str) -> None:
+    """A thread would draw from the global random state beside the loop."""
+    asked = Ahead(damaged=True)
+    with play(name):
+        there = DeviceContext(precision="fp32")
+        batches = there.prefetch(iter(asked))
+        for number in range(3):
+            assert next(batches) == number
+            assert asked.asked[-1] == (number, threading.get_ident())
+        with pytest.raises(ValueError, match="damaged"):
+            next(batches)
+
+
+def test_one_seed_gives_one_sequence_of_draws_of_loader_and_loop() -> None:
+    def drawn() -> list[float]:
+        torch.manual_seed(0)
+        found = []
+        with play("a100"):
+            noisy = (torch.rand(1) for _ in range(50))
+            for batch in DeviceContext(precision="fp32").prefetch(noisy):
+                found += [float(batch), float(torch.rand(1))]
+        return found
+
+    found = drawn()
+    torch.manual_seed(0)
+    assert found == [float(torch.rand(1)) for _ in range(100)]
+    assert drawn() == found
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("name", ["a100", "m2-macos14"])
+def test_batches_are_moved_under_the_loops_own_modes(name: str, mode: Any) -> None:
+    weight = torch.ones(1, requires_grad=True)
+    with play(name), mode():
+        expected = (weight * 2).requires_grad, (weight * 2).is_inference()
+        moved = list(
+            DeviceContext(precision="fp32").prefetch(Ahead(), lambda number: weight * number)
+        )
+    assert [(one.requires_grad, one.is_inference()) for one in moved] == [expected] * 3
 
 
 @pytest.mark.parametrize("name", ["h100", "arc-a770", "m2-macos14"])
@@ -208,7 +436,7 @@ def test_prefetched_batches_are_waited_for_and_kept(name: str) -> None:
     data = TensorDataset(torch.arange(6.0), torch.arange(6))
     with play(name, live=True) as played:
         ctx = DeviceContext(precision="fp32")
-        loader = DataLoader(data, **ctx.loader_options(batch_size=2))
+        loader = DataLoader(data, **ctx.loader_options(2, batch_size=2))
         found = []
         for values, labels in ctx.prefetch(loader):
             assert values.device.type == labels.device.type == ctx.device.type

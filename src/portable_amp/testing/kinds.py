@@ -29,7 +29,8 @@ class Kind:
     out_of_memory: Callable[[Shortage], Exception]
     not_here: Exception
     """What moving a tensor there raises on a machine without one."""
-    no_float64: Callable[[], Exception]
+    no_dtype: Callable[[torch.dtype], Exception]
+    """What a tensor of a dtype that the device lacks raises."""
     late_copies: bool = False
     """Asynchronous copies read their source late, also from memory that is not page-locked."""
     pins: bool = False
@@ -69,9 +70,24 @@ def _cpu(short: Shortage) -> Exception:
     )
 
 
-def _no_fp64() -> Exception:
+def _no_fp64(dtype: torch.dtype) -> Exception:
     # Source: pytorch#147731, the SYCL runtime's words on Arc.
     return RuntimeError("Required aspect fp64 is not supported on the device")
+
+
+def _not_in_metal(dtype: torch.dtype) -> Exception:
+    # Source: aten/src/ATen/mps and native/mps/OperationUtils.mm, 2.4 to 2.15.
+    if dtype is torch.float64:
+        return TypeError(
+            "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support "
+            "float64. Please use float32 instead."
+        )
+    if dtype is torch.bfloat16:
+        return TypeError("MPS bfloat16 type is supported on MacOS 14.0 or newer.")
+    return TypeError(
+        "Trying to convert ComplexDouble to the MPS backend but it does not have support for that "
+        "dtype."
+    )
 
 
 def _not_compiled(device_type: str) -> Exception:
@@ -104,10 +120,7 @@ KINDS = (
         functions.mps,
         _mps,
         _not_linked("mps"),
-        lambda: TypeError(
-            "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support "
-            "float64. Please use float32 instead."
-        ),
+        _not_in_metal,
         late_copies=True,  # pytorch#139550
     ),
     Kind("cpu", functions.host, _cpu, _not_linked("cpu"), _no_fp64, accelerator=False),

@@ -140,8 +140,7 @@ class Played:
         place = self.place(device)
         if not isinstance(made, torch.Tensor):
             return made
-        if made.dtype is torch.float64 and place.no_float64:
-            raise place.no_float64()
+        place.check(made.dtype)
         return Shadow(made, place) if self.live else made
 
     def move(
@@ -170,8 +169,7 @@ class Played:
             self.record("copy", non_blocking=non_blocking)
             return raw.to(**{**options, "device": device, "copy": True})
         self.record("copy", non_blocking=non_blocking, pinned=pinned)
-        if options["dtype"] is torch.float64 and place.no_float64:
-            raise place.no_float64()
+        place.check(options["dtype"])
         moved = raw.to(**{**options, "copy": True})
         if not self.live:
             return moved
@@ -204,7 +202,8 @@ class Played:
                 self.machine.hardware.total_memory if quirks.memory is None else quirks.memory,
                 self.row.out_of_memory,
             ),
-            no_float64=self.row.no_float64 if row.capabilities.float64 is False else None,
+            missing=row.capabilities.missing_dtypes,
+            no_dtype=self.row.no_dtype,
             slow=frozenset(row.slow if quirks.slow is None else quirks.slow),
             wrong=frozenset(row.wrong if quirks.wrong is None else quirks.wrong),
             late_copies=late,

@@ -48,8 +48,10 @@ class Place:
 
     device: torch.device
     ledger: Ledger
-    no_float64: Callable[[], Exception] | None = None
-    """Makes the backend's own error; None: float64 exists."""
+    missing: tuple[torch.dtype, ...] = ()
+    """Dtypes of which it has no tensors."""
+    no_dtype: Callable[[torch.dtype], Exception] = TypeError
+    """Makes the backend's own error for these."""
     slow: frozenset[torch.dtype] = frozenset()
     """Dtypes whose matrix products take a millisecond more."""
     wrong: frozenset[torch.dtype] = frozenset()
@@ -59,10 +61,14 @@ class Place:
 
     pending: list[weakref.ref[Shadow]] = field(default_factory=list)
 
+    def check(self, dtype: torch.dtype) -> None:
+        """Raise what the backend raises of a dtype that it lacks."""
+        if dtype in self.missing:
+            raise self.no_dtype(dtype)
+
     def admit(self, raw: torch.Tensor) -> None:
         """Let a tensor onto the device, or raise what the backend raises."""
-        if raw.dtype is torch.float64 and self.no_float64:
-            raise self.no_float64()
+        self.check(raw.dtype)
         self.ledger.take(raw)
 
     def postpone(self, shadow: Shadow, source: torch.Tensor, *, kept: bool) -> None:
