@@ -115,9 +115,9 @@ def test_a_page_that_is_wrong_is_noticed(page: str) -> None:
         run("page", page)
 
 
-# Each section of the rules is a program of its own (see tests/migrate), and the other page plays
-# machines itself.
-APART = ("rules.md", "test-other-machines.md")
+# Each section of the rules is a program of its own (see tests/migrate); the second page plays
+# machines itself, and the third one sets a region against a context on purpose.
+APART = ("rules.md", "test-other-machines.md", "autocast-and-reentry.md")
 MACHINES = ("t4", "a100", "gtx1080", "m2-macos14", "cpu", "cpu-avx512bf16")
 LOOPS = [
     (path, machine)
