@@ -170,10 +170,10 @@ def _rebuilt(change: Callable[[Any], Any], value: Any) -> Any:
         items = [_map(change, item) for item in value]
         if type(value) is list:
             return items
-        made = copy.copy(value)
+        row: Any = copy.copy(value)
         for at, item in enumerate(items):
-            made[at] = item
-        return made
+            row[at] = item
+        return row
     if isinstance(value, Set):
         if not any(isinstance(item, torch.Tensor) for item in value):
             return value
