@@ -107,7 +107,9 @@ def training_step(ctx: DeviceContext) -> dict[str, Any]:
         for _ in range(_ATTEMPTS):
             with ctx.autocast():
                 loss = torch.nn.functional.cross_entropy(model(images), targets)
-            if scaler.backward_step(loss, optimizer, max_norm=1.0).stepped:
+            # Not to be skipped: gradients that are not finite are what is looked for.
+            done = scaler.backward_step(loss, optimizer, max_norm=1.0, skip_nonfinite=False)
+            if done.stepped:
                 break
         after = [weight.detach().cpu() for weight in model.parameters()]
         if not all(bool(weight.isfinite().all()) for weight in after):

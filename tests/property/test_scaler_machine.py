@@ -28,6 +28,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from torch.amp.grad_scaler import OptState
 
 from portable_amp import ScalerShim
 from portable_amp.scaler import StepResult
@@ -325,7 +326,9 @@ class ScalerMachine(RuleBasedStateMachine):
                 training.scaler.backward_step(loss, optimizer, max_norm=max_norm)
 
         for which in order:
-            if which in have_stepped:
+            known = getattr(self.theirs.scaler, "_per_optimizer_states", {})
+            stage = known.get(id(self.theirs.optimizers[which]), {}).get("stage")
+            if have_stepped and stage is OptState.STEPPED:
                 self.theirs.scaler.update()
                 have_stepped.clear()
             factor = data.draw(FACTOR)
