@@ -123,7 +123,8 @@ def afresh(request: dict[str, Any]) -> Callable[[Say], str]:
         except Exception:
             return "broken"
         watcher = Watcher(say)
-        code = pytest.main([*options(), *request["files"]], plugins=[watcher])
+        skipped = [f"--deselect={name}" for name in request["skipped"]]
+        code = pytest.main([*options(), *skipped, *request["files"]], plugins=[watcher])
         if watcher.failed:
             return f"killed {watcher.failed}"
         return "survived" if code == 0 else f"killed exit {code}"
@@ -184,7 +185,9 @@ class Loaded:
                 functions.setdefault((code.co_filename, code.co_name), []).append(thing)
         for line in self.requests:
             request = json.loads(line)
-            if request["what"] == "cover":
+            if request["what"] == "afresh":
+                answer = "import"
+            elif request["what"] == "cover":
                 answer = cover(items, request)
             else:
                 answer = self.swapped(request, functions, items)
