@@ -284,6 +284,7 @@ class Module:
                 "was": fault.was,
                 "becomes": fault.becomes,
                 "answer": answer,
+                "module": digest(self.path),
                 "stamp": stamp,
             }
             if len(self.results) % 10 == 0 or len(self.results) == len(self.faults):
@@ -309,18 +310,26 @@ def counts(name: str, results: dict[str, Any]) -> dict[str, int]:
     left = [row for row in started if row["answer"] == "survived"]
     reasons = explained()
     found = [reasons.get((name, row["was"], row["becomes"])) for row in left]
+    equivalent = sum(row is not None and row["kind"] == "equivalent" for row in found)
     return {
         "faults": len(started),
+        "equivalent": equivalent,
         "killed": len(started) - len(left),
-        "equivalent": sum(row is not None and row["kind"] == "equivalent" for row in found),
+        "missed": len(left) - equivalent,
         "explained": sum(row is not None and row["kind"] != "equivalent" for row in found),
     }
 
 
 def write_table() -> None:
     """Counts of all modules that were tried, for the documents."""
-    names = {name: BUILD / "results" / f"{name.replace('/', '.')}.json" for name in modules()}
-    results = {n: json.loads(file.read_text()) for n, file in names.items() if file.exists()}
+    results = {}
+    for name, path in modules().items():
+        file = BUILD / "results" / f"{name.replace('/', '.')}.json"
+        rows = json.loads(file.read_text()) if file.exists() else {}
+        # Of a module that is as it was.
+        rows = {key: row for key, row in rows.items() if row["module"] == digest(path)}
+        if rows:
+            results[name] = rows
     told = {
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
