@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.optim import lr_scheduler
 
 from cv_classification.config import InputError, TrainConfig, nearest
 from cv_classification.model import Classifier
+from cv_classification.plain import brief
 
 TORCH = {name: kind for name, kind in vars(torch.optim).items() if name[0].isupper()}
 TIMM_SCHEDULES = ("constant", "cosine", "multistep", "poly", "step", "tanh")
@@ -28,6 +30,8 @@ TORCH_SCHEDULES = (
     *("ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR"),
     *("ExponentialLR", "LinearLR", "MultiStepLR", "PolynomialLR", "StepLR", *SHORT.values()),
 )
+
+TRIED = 1000  # updates of a schedule, before the first real one
 
 
 class Loss(nn.Module):
@@ -117,35 +121,53 @@ def make_schedule(
         InputError: the options are not its own, or do not go together.
     """
     name, options = SHORT.get(config.schedule, config.schedule), config.schedule_options
-    epochs, updates = config.epochs, config.epochs * updates_per_epoch
-    with _refused(f"schedule={config.schedule!r} with {options}"):
+    with _refused(f"schedule={config.schedule!r} with {brief(options)}"):
         if name in TORCH_SCHEDULES:
             if config.warmup_epochs:
                 raise ValueError(f"train.warmup_epochs works with {', '.join(TIMM_SCHEDULES)}")
+            updates = config.epochs * updates_per_epoch
             filled: tuple[Any, ...] = (config.lr, updates) if name == "OneCycleLR" else ()
             if name == "ReduceLROnPlateau":
                 filled = ("max",)
                 # Relative to a negative score, even the same one would be a rise.
                 options = {"threshold_mode": "abs", **options}
             return Schedule(getattr(lr_scheduler, name)(optimizer, *filled, **options))
-        # All cycles together are the run; timm means the first one.
-        ratio = sum(options.get("cycle_mul", 1) ** i for i in range(options.get("cycle_limit", 1)))
+        # What follows the warm-up; timm would cut off its beginning, without the prefix.
+        epochs = config.epochs - config.warmup_epochs
+        if epochs <= 0:
+            raise ValueError(f"a warm-up of {config.warmup_epochs} epochs has to be shorter")
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched="step" if name == "constant" else name,
-            num_epochs=epochs if ratio == 1 else epochs / ratio,
+            num_epochs=epochs / _cycles(options, epochs * updates_per_epoch),
             warmup_epochs=config.warmup_epochs,
+            warmup_prefix=True,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
             **{
                 "warmup_lr": config.lr / 100,
                 "decay_rate": 1.0 if name in ("constant", "poly") else 0.1,  # or poly's power
+                "cycle_decay": 1.0,  # of the rate at each restart
                 "decay_epochs": epochs / 3,
                 "decay_milestones": [epochs / 2, epochs * 3 / 4],
                 **options,
             },
         )
         return Schedule(scheduler)
+
+
+def _cycles(options: Mapping[str, Any], updates: int) -> float:
+    """How many times the first cycle the run is, which all cycles together fill."""
+    limit, growth = options.get("cycle_limit", 1), options.get("cycle_mul", 1)
+    share, spread = options.get("noise_pct", 0.67), options.get("noise_std", 1)
+    if not (isinstance(limit, int) and 1 <= limit <= updates and growth > 0):
+        raise ValueError("cycle_limit is a whole number from 1 to the updates, cycle_mul above 0")
+    if not 0 < share <= 1 or not 0 <= spread <= 10 * share:  # timm draws until one is in the limit
+        raise ValueError("noise_pct is above 0, at most 1, and noise_std at most 10 times that")
+    total: float = limit if growth == 1 else (growth**limit - 1) / (growth - 1)
+    if not 1 <= total <= updates:
+        raise ValueError("its first cycle is shorter than an update, or longer than the run")
+    return total
 
 
 def check_optimize(config: TrainConfig) -> None:
@@ -165,7 +187,16 @@ def check_optimize(config: TrainConfig) -> None:
     with _refused(f"optimizer={config.optimizer!r}"):
         model.net(torch.ones(1, 2)).sum().backward()
         optimizer.step()
-    make_schedule(optimizer, config, 1000)
+    per_epoch = max(1, TRIED // config.epochs)
+    schedule = make_schedule(optimizer, config, per_epoch)
+    with _refused(f"schedule={config.schedule!r} with {brief(config.schedule_options)}"):
+        optimizer.step()  # or torch warns
+        for update in range(1, min(TRIED, config.epochs * per_epoch) + 1):
+            schedule.step(update)
+            schedule.end_epoch(0.0)
+            for group in optimizer.param_groups:
+                if not 0 <= group["lr"] < math.inf:
+                    raise ValueError(f"the rate after {update} updates would be {group['lr']}")
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def train_one(config: Config, ctx: DeviceContext, *, resume: str, skip_bad: bool
     optimizer = make_optimizer(model, config.train)
     updates = math.ceil(len(batches) / config.train.accumulate)
     schedule = make_schedule(optimizer, config.train, updates)
-    ema = ModelEmaV3(model, decay=config.train.ema) if config.train.ema else None
+    ema = make_average(model, config.train.ema) if config.train.ema else None
     criterion = ctx.to(make_loss(config.train, labels, len(data.classes.names)))
     run = Run(config, ctx, data, model, net, optimizer, schedule, ctx.scaler(), criterion, ema)
     seed_everything(config.seed + ranks().rank)  # dropout and mixup differ between processes
@@ -187,7 +187,7 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
             progress.updates += 1
             run.schedule.step(progress.updates)
             if run.ema:
-                run.ema.update(run.model)
+                run.ema.update(run.model, step=progress.updates)
         losses, names, progress.batches = [], [], index + 1
         if asked or (settings.save_every and progress.updates % settings.save_every == 0):
             run.save()
@@ -226,6 +226,14 @@ def take_step(run: Run, loss: float, names: list[int]) -> bool:
     scaler.update()
     run.optimizer.zero_grad()
     return scaler.last_step is not None and scaler.last_step.stepped
+
+
+def make_average(model: nn.Module, decay: float) -> ModelEmaV3:
+    """A running mean of the weights, which starts at those of the first update.
+
+    The decay rises to `decay`: in a short run the first, random weights would weigh too much.
+    """
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
 def make_mixup(config: Config, classes: int) -> Mixup | None:

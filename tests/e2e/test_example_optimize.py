@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
-from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import nn
 from torch.nn import functional as F
 
@@ -231,6 +231,25 @@ def test_a_capital_letter_is_torch() -> None:
         ({"schedule": "StepLR"}, "step_size"),
         ({"schedule": "onecycle", "warmup_epochs": 1}, "warmup_epochs works with constant"),
         ({"schedule": "onecycle", "optimizer": "Adafactor"}, "cycle_momentum"),
+        ({"warmup_epochs": 20}, "a warm-up of 20 epochs has to be shorter"),
+        ({"schedule_options": {"cycle_limit": 10**9}}, "cycle_limit is a whole number from 1"),
+        ({"schedule_options": {"cycle_limit": 0}}, "cycle_limit is a whole number from 1"),
+        ({"schedule_options": {"cycle_limit": 500, "cycle_mul": 1e9}}, "does not work"),
+        ({"schedule_options": {"cycle_mul": 0}}, "cycle_mul above 0"),
+        ({"schedule_options": {"cycle_mul": "x"}}, "does not work"),
+        ({"schedule_options": {"noise": 0.1, "noise_std": 1e9}}, "noise_std at most"),
+        ({"schedule_options": {"noise": 0.1, "noise_pct": 0}}, "noise_pct is above 0"),
+        ({"schedule_options": {"min_lr": -1}}, "does not work"),
+        ({"schedule_options": {"min_lr": "1e-6"}}, "does not work"),
+        ({"schedule_options": {"k_decay": float("nan")}}, "does not work"),
+        ({"schedule": "step", "schedule_options": {"decay_epochs": 0}}, "does not work"),
+        ({"schedule": "step", "schedule_options": {"decay_rate": -1}}, "does not work"),
+        ({"schedule": "multistep", "schedule_options": {"decay_milestones": ["a"]}}, "not work"),
+        ({"schedule": "StepLR", "schedule_options": {"step_size": 0}}, "does not work"),
+        ({"schedule": "StepLR", "schedule_options": {"step_size": 1, "gamma": 1e9}}, "would be"),
+        ({"schedule": "CosineAnnealingLR", "schedule_options": {"T_max": 0}}, "does not work"),
+        ({"schedule": "ExponentialLR", "schedule_options": {"gamma": "a"}}, "does not work"),
+        ({"schedule": "plateau", "schedule_options": {"patience": "a"}}, "does not work"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], said: str) -> None:
@@ -313,20 +332,88 @@ def test_a_schedule_goes_on_from_its_state(
     assert len(set(whole)) > 1, "a schedule that does nothing would resume, too"
 
 
-@pytest.mark.parametrize("warmup", [0, 2])
-def test_cosine_is_that_of_timm(warmup: int) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    oracle, _ = create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=EPOCHS, warmup_epochs=warmup, warmup_lr=0.1 / 100,
-        decay_rate=1.0, step_on_epochs=False, updates_per_epoch=PER_EPOCH,
-    )  # fmt: skip
-    rates = [optimizer.param_groups[0]["lr"]]
-    for update in range(1, EPOCHS * PER_EPOCH + 1):
-        oracle.step_update(update)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert Rates(warmup_epochs=warmup).run() == rates
-    assert rates[0] == (0.1 / 100 if warmup else 0.1)
-    assert rates[-1] == 0.0
+def formula(name: str, t: float, length: float, limit: int = 1, shrink: float = 1.0) -> float:
+    """The rate of 0.1 after t of the updates that follow the warm-up, of which there are length."""
+    cycle, at = divmod(t, length / limit)
+    top, share = 0.1 * shrink**cycle, at / (length / limit)
+    if name in ("cosine", "tanh", "poly") and cycle >= limit:
+        return 0.0
+    return {
+        "constant": 0.1,
+        "cosine": top * (1 + math.cos(math.pi * share)) / 2,
+        "poly": top * (1 - share),
+        "tanh": top * (1 - math.tanh(-7 * (1 - share) + 3 * share)) / 2,
+        "step": 0.1 * 0.1 ** (t // (length / 3)),
+        # timm's come one update before their epoch does
+        "multistep": 0.1 * 0.1 ** ((t + 1 >= length / 2) + (t + 1 >= length * 3 / 4)),
+    }[name]
+
+
+@pytest.mark.parametrize("cut", [None, 4, 13])
+@pytest.mark.parametrize("warmup", [0, 2, 3, 5])
+@pytest.mark.parametrize("name", TIMM_SCHEDULES)
+def test_the_rate_of_each_update_is_that_of_the_formula(
+    name: str, warmup: int, cut: int | None
+) -> None:
+    run, every, first = Rates(schedule=name, warmup_epochs=warmup), EPOCHS * PER_EPOCH, []
+    if cut:
+        first, state = run.run(cut)[:-1], (run.optimizer.state_dict(), run.schedule.state_dict())
+        run = Rates(schedule=name, warmup_epochs=warmup)
+        run.updates = cut
+        run.optimizer.load_state_dict(state[0])
+        run.schedule.load_state_dict(state[1])
+    before = warmup * PER_EPOCH
+    expected = [
+        0.001 + 0.099 * t / before if t < before else formula(name, t - before, every - before)
+        for t in range(every)
+    ]
+    # tanh, which never is 1, starts at the rate itself
+    assert first + run.run()[:-1] == pytest.approx(expected, abs=1e-7)
+    assert max(expected) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["cosine", "tanh", "poly"])
+@pytest.mark.parametrize("shrink", [None, 0.5])
+def test_restarts_are_those_of_the_formula(name: str, shrink: float | None) -> None:
+    options = {"cycle_limit": 3} | ({"cycle_decay": shrink} if shrink else {})
+    expected = [formula(name, t, 30, 3, shrink or 1.0) for t in range(31)]
+    assert Rates(schedule=name, schedule_options=options).run() == pytest.approx(expected)
+
+
+def test_restarts_come_back_to_the_whole_rate() -> None:
+    rates = Rates(schedule_options={"cycle_limit": 3}).run()
+    assert [rates[start] for start in (0, 10, 20)] == pytest.approx([0.1, 0.1, 0.1])
+
+
+def torch_formula(name: str, t: int) -> float:
+    high, low = 0.1, 0.1 / 25
+    turn = 0.3 * 30 - 1
+    if t <= turn:
+        one = high + (low - high) * (1 + math.cos(math.pi * t / turn)) / 2
+    else:
+        end = low / 1e4
+        one = end + (high - end) * (1 + math.cos(math.pi * (t - turn) / (29 - turn))) / 2
+    at, length = (t, 4) if t < 4 else (t - 4, 8) if t < 12 else (t - 12, 16)
+    length, at = (32, t - 28) if t >= 28 else (length, at)
+    return {
+        "ConstantLR": 0.1 / 3 if t < 7 else 0.1,
+        "CosineAnnealingLR": 0.1 * (1 + math.cos(math.pi * t / 30)) / 2,
+        "CosineAnnealingWarmRestarts": 0.1 * (1 + math.cos(math.pi * at / length)) / 2,
+        "CyclicLR": 0.01 + 0.09 * (1 - abs(t % 8 - 4) / 4),
+        "ExponentialLR": 0.1 * 0.9**t,
+        "LinearLR": 0.1 * (1 / 3 + 2 / 3 * min(t, 9) / 9),
+        "MultiStepLR": 0.1 * 0.1 ** ((t >= 4) + (t >= 17)),
+        "PolynomialLR": 0.1 * (1 - t / 30),
+        "StepLR": 0.1 * 0.1 ** (t // 4),
+        "OneCycleLR": one,
+    }[name]
+
+
+@pytest.mark.parametrize("name", sorted({*TORCH_SCHEDULES} - {"ReduceLROnPlateau"}))
+def test_torch_schedules_are_their_formulas(name: str) -> None:
+    rates = Rates(schedule=name, schedule_options=OPTIONS.get(name, {})).run()[:-1]
+    expected = [torch_formula(name, t) for t in range(30)]
+    assert rates == pytest.approx(expected, abs=1e-9)
 
 
 def test_restarts_restart_within_the_run() -> None:

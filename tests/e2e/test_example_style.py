@@ -35,7 +35,7 @@ def lines_of_code(text: str) -> int:
 
 def test_it_can_be_read_in_an_evening() -> None:
     assert lines_of_code('"""Doc."""\n\n# why\nx = """a\nb"""\n') == 2
-    assert sum(lines_of_code(path.read_text("utf-8")) for path in SOURCES) < 2150
+    assert sum(lines_of_code(path.read_text("utf-8")) for path in SOURCES) < 2500
     assert max(len(path.read_text("utf-8").splitlines()) for path in SOURCES) < 300
 
 

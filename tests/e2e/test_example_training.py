@@ -342,7 +342,7 @@ def test_folds_are_trained_and_predict_together(
 
 
 def test_the_average_of_the_weights_is_what_is_kept(settings: Settings, tmp_path: Path) -> None:
-    """With so slow a decay it stays near the first weights; without any it is the last ones."""
+    """Slow, it is behind the last weights; without any decay it is those."""
     paths = {}
     for decay in (0.999, 1e-9):
         paths[decay] = tmp_path / str(decay)
@@ -354,7 +354,26 @@ def test_the_average_of_the_weights_is_what_is_kept(settings: Settings, tmp_path
     weight = "net.conv1.0.weight"
     torch.testing.assert_close(new[weight], last["model"][weight])
     moved = (first["model"][weight] - kept[weight]).abs().max()
-    assert moved > 1e-3
+    assert moved > 1e-4
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_short_run_is_not_judged_by_its_first_weights(decay: float, resumed: bool) -> None:
+    """After 108 updates towards 1, an average without a warm-up would be at 0.01, at 0.9999."""
+    model = nn.Linear(1, 1)
+    average = training.make_average(model, decay)
+    expected = 0.0
+    for step in range(1, 109):
+        if resumed and step == 50:
+            old, average = average, training.make_average(model, decay)
+            average.module.load_state_dict(old.module.state_dict())
+        nn.init.constant_(model.weight, min(1.0, step / 54))
+        average.update(model, step=step)
+        slow = min(decay, 1 - step ** (-2 / 3)) if step > 1 else 0.0
+        expected = slow * expected + (1 - slow) * min(1.0, step / 54)
+    assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert average.module.weight.item() > 0.9
 
 
 def test_mixup_and_focal_loss_train(settings: Settings, tmp_path: Path) -> None:
