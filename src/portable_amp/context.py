@@ -28,7 +28,7 @@ from portable_amp.plan_cache import forget_plan, keep, recall, signature
 from portable_amp.precision import Precision, PrecisionPlan, choose
 from portable_amp.scaler import ScalerShim
 from portable_amp.transfer import fetch, loader_options, prefetch, to_device
-from portable_amp.tuning import TUNED, laid_out, mean_square, tune
+from portable_amp.tuning import TUNED, mean_square, tune
 
 STRICT_VARIABLE = "PORTABLE_AMP_STRICT"
 _OFF = ("", "0", "false", "no", "off")
@@ -181,12 +181,11 @@ class DeviceContext:
             kept = recall(key) if cache else None
             if kept:
                 return kept
-            plain = _restore(self.device, can, choose("fp32", can), "")
             with torch.inference_mode(False):  # whatever surrounds the call
                 plan = tune(
                     model, batch, self.device, can,
                     loss=loss, budget_s=budget_s, dtype=dtype, compiled=compile,
-                    wait=self.synchronize, move=plain.to,
+                    wait=self.synchronize, move=self._moved,
                 )  # fmt: skip
             if cache and plan.settled:
                 keep(key, plan)
@@ -218,14 +217,14 @@ class DeviceContext:
     def to(self, value: T) -> T:
         """A module, moved in place, or a batch: tensors nested in containers and data classes.
 
-        Containers keep their type, and what has a method `to` of its own is moved by it. Copies are
-        asynchronous where that is safe. A dtype that the device lacks, such as float64 on MPS,
-        becomes a narrower one, and what has to stay where it is stays; each is said once. A tuned
-        context lays out images, too.
+        Containers keep their type. What has a method `to` of its own is moved by it, its tensors as
+        all others. Copies are asynchronous where that is safe. A dtype that the device lacks, such
+        as float64 on MPS, becomes a narrower one, and what has to stay where it is stays; each is
+        said once. A tuned context lays out images, too.
         """
-        moved: T = to_device(value, self.device, self.backend, self.capabilities)
         layout = self.plan.memory_format
-        return moved if layout is torch.contiguous_format else laid_out(moved, layout)
+        moved: T = self._moved(value, None if layout is torch.contiguous_format else layout)
+        return moved
 
     def loader_options(
         self, num_workers: int = 0, *, seed: int | None = None, **options: Any
@@ -246,13 +245,13 @@ class DeviceContext:
     def prefetch(
         self, batches: Iterable[T], move: Callable[[T], Any] | None = None
     ) -> Iterator[Any]:
-        """The same batches on the device, each made ready while it computes with the one before.
+        """The same batches on the device, copied while it computes with the one before.
 
-        That takes a DataLoader with worker processes: a thread waits for them. With CUDA and XPU
-        batches are copied on a stream of their own, which the device computes beside if they are
-        pinned (see `loader_options`). A second batch takes memory on the device. On a CPU, and of
-        anything else, each is loaded when it is asked for, in the loop's own thread: loading ahead
-        would draw from the random state beside the loop, and no seed would repeat the run.
+        With CUDA and XPU they are copied on a stream of their own, which the device computes beside
+        if they are pinned (see `loader_options`). What the workers of a DataLoader have ready is
+        copied one batch ahead, and takes memory on the device. Anything else is loaded when it is
+        asked for, in the loop's own thread: loading ahead would draw from the random state beside
+        the loop, and no seed would repeat the run.
 
         Args:
             batches: a DataLoader, or anything else that yields batches.
@@ -342,6 +341,9 @@ class DeviceContext:
             f"To choose a device: DeviceContext('{self.device}') or ${DEVICE_VARIABLE}.",
         ]
         return "\n".join(lines)
+
+    def _moved(self, value: Any, layout: torch.memory_format | None) -> Any:
+        return to_device(value, self.device, self.backend, self.capabilities, layout)
 
     def _region(
         self,

@@ -19,6 +19,7 @@ from portable_amp.backends import (
     OUT_OF_MEMORY,
     MemoryStats,
     backend_for,
+    present,
     resolve_device,
     torch_function,
 )
@@ -130,8 +131,8 @@ def split_on_oom(
         step: the forward pass, and in training the backward pass; it must not touch the optimizer.
         batch: a tensor, or tensors nested in containers, each (N, ...).
         parameters: the model, or what gets gradients in `step`, so that a backward pass that broke
-            off half-way can be undone; of a model also the buffers, such as BatchNorm's statistics.
-            Needed for training only.
+            off half-way can be undone; needed for training only. Buffers, such as BatchNorm's
+            statistics, are put back of this model, and of those that the step or its object holds.
         size: samples in a part to begin with, such as `ctx.plan.chunk`; None: the whole batch.
 
     Returns:
@@ -157,21 +158,26 @@ def split_on_oom(
     total = length_of(batch)
     tensors = list(tensors_in(batch))
     elements = sum(one.numel() // total for one in tensors if one.dim())
-    key = _key(step)
+    parts, closed = _opened(step)
+    key = (*parts, *(_number(one) for one in closed if not _of_data(one)))
     fitted = _fitted.setdefault(key, {})
     _fitted.move_to_end(key)
     if len(_fitted) > _MOST_STEPS:
         _fitted.popitem(last=False)
     known = [samples for sample, samples in fitted.items() if sample <= elements]
     size = first = min([*known, size or total, total])
-    held: list[torch.Tensor] = []
+    models = _models_in([*closed, getattr(step, "__self__", None)])
     if isinstance(parameters, torch.nn.Module):
-        trained = [one for one in parameters.modules() if one.training]
-        held = [buffer for one in trained for buffer in one.buffers(recurse=False)]
+        models.append(parameters)
         parameters = parameters.parameters()
+    trained = {one: None for model in models for one in model.modules() if one.training}
+    held = [
+        (one, name, buffer, buffer.clone())
+        for one in trained
+        for name, buffer in one.named_buffers(recurse=False)
+    ]
     leaves = [leaf for leaf in parameters if leaf.requires_grad]
     before = [leaf.grad for leaf in leaves]
-    buffers = [buffer.clone() for buffer in held]
     while True:
         _set_grads(leaves, [None] * len(leaves))
         try:
@@ -182,9 +188,10 @@ def split_on_oom(
             break
         except BaseException as error:
             _set_grads(leaves, before)
-            with torch.no_grad():
-                for buffer, kept in zip(held, buffers):  # noqa: B905
+            for one, name, buffer, kept in held:
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(kept)
+                setattr(one, name, buffer)  # the pass may have put another there
             if not is_oom_error(error) or size == 1 or _several_processes():
                 raise
             if not leaves and _in_backward(error):
@@ -195,15 +202,16 @@ def split_on_oom(
         # Outside `except`: the error's traceback keeps every tensor of the failed step alive
         # (pytorch#27600).
         size = (size + 1) // 2
-        clear_cache(tensors[0].device)
+        for row in present():  # the step may have moved the batch anywhere
+            clear_cache(row.device_type)
     if size < first:
         fitted[elements] = size
     _set_grads(leaves, [_sum(old, leaf.grad) for old, leaf in zip(before, leaves)])  # noqa: B905
     return done
 
 
-def _key(step: Any) -> tuple[Any, ...]:
-    """A step as what it computes: its code, and the models and objects that this closes over.
+def _opened(step: Any) -> tuple[list[Any], list[Any]]:
+    """A step as what it computes: its mode and code, and the objects that this closes over.
 
     A lambda made anew for each batch is the same step; one over another model is another.
     """
@@ -219,9 +227,16 @@ def _key(step: Any) -> tuple[Any, ...]:
     code = getattr(step, "__code__", None)
     if code is None:
         code = _number(step)
+        closed.append(step)
     else:
         closed += _closed_over(step)
-    return (*parts, code, *(_number(one) for one in closed if not _of_data(one)))
+    return [*parts, code], closed
+
+
+def _models_in(things: list[Any]) -> list[torch.nn.Module]:
+    """The models among them, and those that they have as attributes."""
+    inner = [held for thing in things for held in getattr(thing, "__dict__", {}).values()]
+    return [one for one in (*things, *inner) if isinstance(one, torch.nn.Module)]
 
 
 def _closed_over(function: types.FunctionType) -> list[Any]:

@@ -38,6 +38,14 @@ def map_tensors(
             return type(value)([map_tensors(change, item, whole, other) for item in value])
         except RecursionError:
             raise ValueError("a batch that contains itself has no end") from None
+    if type(value) is dict:
+        try:
+            return {key: map_tensors(change, item, whole, other) for key, item in value.items()}
+        except RecursionError:
+            raise ValueError("a batch that contains itself has no end") from None
+
+    if type(value) in (str, int, float, bool):
+        return value
 
     def each(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
@@ -84,7 +92,7 @@ def length_of(batch: Any) -> int:
 
 
 def slice_of(batch: Any, start: int, stop: int) -> Any:
-    """Samples `start` to `stop` of a batch; lists that hold one thing per sample are cut too.
+    """Samples `start` to `stop` of a batch; lists and arrays with one thing per sample are cut too.
 
     Raises:
         ValueError: something in it holds tensors and cannot be cut.
@@ -102,6 +110,9 @@ def slice_of(batch: Any, start: int, stop: int) -> Any:
             and len(item) == total
             and next(tensors_in(item), None) is None
         ):
+            return item[start:stop]
+        shape = getattr(item, "shape", ())  # of a NumPy array, or a TensorDict
+        if isinstance(shape, tuple) and shape[:1] == (total,):
             return item[start:stop]
         if (
             is_container(item)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from portable_amp.backends import Backend
 from portable_amp.capabilities import Capabilities
@@ -25,13 +25,18 @@ _NARROWER = {
 
 
 def to_device(
-    value: Any, device: torch.device, backend: Backend, capabilities: Capabilities
+    value: Any,
+    device: torch.device,
+    backend: Backend,
+    capabilities: Capabilities,
+    layout: torch.memory_format | None = None,
 ) -> Any:
     """`value` on `device`: a module, moved in place as in torch, or tensors nested in containers.
 
     Copies are asynchronous only from page-locked memory to a device that keeps them in order. A
     dtype that the device lacks becomes another, and that is said once. What has a method `to` of
-    its own is moved by it. What holds tensors and has none stays, and that is said once, too.
+    its own is moved by it, its tensors as all others. What holds tensors and cannot be moved stays,
+    and that is said once, too. With a layout, what has dimensions (N, C, H, W) gets it.
     """
     missing, pins = capabilities.missing_dtypes, backend.pins_memory
 
@@ -51,24 +56,51 @@ def to_device(
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if missing:
             tensor = narrow(tensor)  # before asking: the narrowed copy is not in pinned memory
-        return tensor.to(device, non_blocking=pins and tensor.is_pinned())
+        tensor = tensor.to(device, non_blocking=pins and tensor.is_pinned())
+        return tensor.contiguous(memory_format=layout) if layout and tensor.dim() == 4 else tensor
 
     def move_whole(thing: Any) -> Any:
-        if not isinstance(thing, torch.nn.Module):
-            return thing.to(device)
-        for held in (*thing.parameters(), *thing.buffers()) if missing else ():
-            held.data = narrow(held.data)
-            if held.grad is not None:
-                held.grad = narrow(held.grad)
         future: Any = torch.__future__
         before = future.get_swap_module_params_on_conversion()
         future.set_swap_module_params_on_conversion(before or backend.replaces_parameters)
+        moving = _MovedBy(move)
         try:
-            return thing.to(device)
+            with moving:
+                moved = thing.to(device)
+        except Exception as error:
+            if moving.moved or isinstance(thing, torch.nn.Module):
+                raise
+            # Another kind of `to`, such as that of a quantity with a unit.
+            kind = type(thing)
+            tell_once(
+                ("stays", kind),
+                f"a batch has a {kind.__module__}.{kind.__qualname__}, which ctx.to leaves as it "
+                f"is: its method to() says {error}",
+            )
+            return thing
         finally:
             future.set_swap_module_params_on_conversion(before)
+        return thing if moved is None else moved
 
     return map_tensors(move, value, move_whole, _tell_of_what_stays)
+
+
+class _MovedBy(TorchFunctionMode):
+    """Tensor.to is `move`: the `to` of another library may copy asynchronously where that harms.
+
+    PyTorch Geometric's takes `non_blocking` from its caller, TensorDict's decides it by itself; and
+    none of them knows what dtypes the device lacks.
+    """
+
+    def __init__(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.move, self.moved = move, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func != torch.Tensor.to:
+            return func(*args, **(kwargs or {}))
+        self.moved = True
+        return self.move(args[0])
 
 
 def _tell_of_what_stays(thing: Any) -> None:
@@ -92,50 +124,50 @@ def _name(dtype: torch.dtype) -> str:
 def prefetch(
     batches: Iterable[Any], move: Callable[[Any], Any], device: torch.device, backend: Backend
 ) -> Iterator[Any]:
-    """What `move` makes of each batch; from loader processes, while the device computes.
+    """What `move` makes of each batch, copied while the device computes with the one before.
 
-    Only such a loader is asked ahead, by a thread: anything else would draw from the global random
-    state beside the loop, and no seed would repeat it. Where copies may be asynchronous they run on
-    a stream of their own.
+    Where copies may be asynchronous they run on a stream of their own. All is asked for in the
+    thread of the loop: random states are the process's, modes and autocast the thread's. Only what
+    the processes of a loader have ready is asked for one batch ahead.
     """
-    if backend.synchronize is None or not getattr(batches, "num_workers", 0):
-        # A CPU computes on the very cores that would load. 5 % slower, measured.
+    if not backend.pins_memory:
         yield from map(move, batches)
         return
-    source, end = iter(batches), object()
-    streams: Any = torch.get_device_module(device) if backend.pins_memory else None
-    side = streams.Stream(device=device) if streams else None
+    ahead, source, end = getattr(batches, "num_workers", 0) > 0, iter(batches), object()
+    streams: Any = torch.get_device_module(device)
+    side = streams.Stream(device=device)
 
-    def load(grad: bool, inference: bool) -> tuple[Any, Any]:
+    def load() -> tuple[Any, Any] | None:
         batch = next(source, end)
-        if batch is end or side is None:
-            return batch, None
-        # The modes are each thread's own; the loop's are meant.
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad), streams.stream(side):
+        if batch is end:
+            return None
+        with streams.stream(side):
             return move(batch), side.record_event()
 
-    def ahead() -> Future[tuple[Any, Any]]:
-        return pool.submit(load, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    here: Any = None
 
-    with ThreadPoolExecutor(1) as pool:
-        coming = ahead()
-        while (loaded := coming.result())[0] is not end:
-            coming = ahead()
-            batch, copied = loaded
-            if side is None:
-                batch = move(batch)
-            else:
-                here = streams.current_stream(device)
-                here.wait_event(copied)
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == device.type:
+            # Or its memory could be given to the batch after next while it is read.
+            tensor.record_stream(here)
+        return tensor
 
-                def keep(tensor: torch.Tensor, here: Any = here) -> torch.Tensor:
-                    if tensor.device.type == device.type:
-                        # Or its memory could be given to the batch after next while it is read.
-                        tensor.record_stream(here)
-                    return tensor
-
-                map_tensors(keep, batch, lambda thing: [*map(keep, held_by(thing))])
-            yield batch
+    coming = load()
+    while coming:
+        (batch, copied), coming, failed = coming, None, None
+        if ahead:
+            try:
+                coming = load()
+            except Exception as error:  # it is the next batch's, and comes in its place
+                failed = error
+        here = streams.current_stream(device)
+        here.wait_event(copied)
+        map_tensors(keep, batch, lambda thing: [*map(keep, held_by(thing))])
+        yield batch
+        if failed:
+            raise failed
+        if not ahead:
+            coming = load()
 
 
 def fetch(tensor: torch.Tensor, backend: Backend) -> Callable[[], torch.Tensor]:

@@ -135,7 +135,7 @@ def tune(
     loss: Loss,
     budget_s: float,
     wait: Callable[[], None],
-    move: Callable[[Any], Any],
+    move: Callable[[Any, torch.memory_format], Any],
     dtype: torch.dtype | None = None,
     compiled: bool = False,
 ) -> PrecisionPlan:
@@ -298,7 +298,7 @@ def candidates(model: torch.nn.Module, capabilities: Capabilities) -> Iterator[C
 
 
 def copier(
-    model: torch.nn.Module, batch: Any, move: Callable[[Any], Any]
+    model: torch.nn.Module, batch: Any, move: Callable[[Any, torch.memory_format], Any]
 ) -> Callable[[str], tuple[torch.nn.Module, Any]]:
     """What makes a copy of the model and the batch on the device, in a layout.
 
@@ -307,9 +307,11 @@ def copier(
     """
 
     def copied(layout: str) -> tuple[torch.nn.Module, Any]:
-        there = laid_out(move(_copy(model)), LAYOUTS[layout])
+        there = move(_copy(model), LAYOUTS[layout])
         there.zero_grad(set_to_none=True)
-        return there, laid_out(move(batch), LAYOUTS[layout])
+        # Of a copy, too: some that move themselves do so in place.
+        mine = map_tensors(lambda tensor: tensor, batch, copy.deepcopy)
+        return there, move(mine, LAYOUTS[layout])
 
     return copied
 
@@ -552,15 +554,6 @@ def _race(runs: list[_Run], clock: _Clock) -> None:
         steps = MOST_STEPS if training else MOST_STEPS_BEFORE_CHUNKS
         if clock.over(steps) or not runs:
             break
-
-
-def laid_out(value: Any, layout: torch.memory_format) -> Any:
-    """A module, or the images (N, C, H, W) of a batch, in that memory format."""
-    if isinstance(value, torch.nn.Module):
-        return value.to(memory_format=layout)
-    return map_tensors(
-        lambda one: one.contiguous(memory_format=layout) if one.dim() == 4 else one, value
-    )
 
 
 def mean_square(model: torch.nn.Module, batch: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ import weakref
 from collections import namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -417,8 +418,7 @@ def test_the_cache_is_cleared_before_each_retry(monkeypatch: pytest.MonkeyPatch)
             raise MemoryError
 
     split_on_oom(step, torch.zeros(4))
-    cpu = torch.device("cpu")
-    assert done == [4, cpu, 2, cpu, 1, 1, 1, 1]
+    assert done == [4, "cpu", 2, "cpu", 1, 1, 1, 1]
 
 
 @dataclasses.dataclass
@@ -477,3 +477,80 @@ def test_the_next_object_at_the_same_place_is_another() -> None:
         numbers.add(memory._number(Closed()))
     assert len(numbers) == 50
     assert memory._number(memory) == memory._number(memory)
+
+
+class Normed(torch.nn.Module):
+    """With statistics that a pass changes in place, and one that it puts another for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = self.seen + len(x)
+        out: torch.Tensor = self.norm(x)
+        if len(x) > 4:
+            raise MemoryError
+        return out
+
+
+class Holds:
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def step(self, part: torch.Tensor, weight: float) -> None:
+        (self.model(part).sum() * weight).backward()
+
+
+@pytest.mark.parametrize("way", ["closure", "partial", "object", "given"])
+def test_statistics_of_a_pass_that_failed_are_undone_without_being_told_of(way: str) -> None:
+    model, plain, data = Normed(), Normed(), torch.randn(8, 3)
+    hidden = {"holds": [Holds(model)]}
+
+    def run(one: torch.nn.Module, part: torch.Tensor, weight: float) -> None:
+        one(part)
+
+    step: Any = {
+        "closure": lambda part, weight: run(model, part, weight),
+        "partial": functools.partial(run, model),
+        "object": Holds(model).step,
+        "given": lambda part, weight: hidden["holds"][0].step(part, weight),
+    }[way]
+    split_on_oom(step, data, parameters=model if way == "given" else model.parameters())
+    plain(data[:4]), plain(data[4:])
+    assert int(model.norm.num_batches_tracked) == 2
+    for expected, got in zip(plain.buffers(), model.buffers(), strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_statistics_are_undone_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = Normed()
+        split_on_oom(lambda part, weight: model(part), torch.randn(8, 3))
+    assert model.seen.item() == 8
+
+
+def test_the_devices_cache_is_cleared_though_the_batch_is_on_the_cpu() -> None:
+    with play("h100", live=True) as played:
+        cleared: list[int] = []
+
+        def step(part: torch.Tensor, weight: float) -> None:  # it would move its part
+            cleared.append(len(played.asked("empty_cache")))
+            if len(part) > 2:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+        split_on_oom(step, torch.ones(8))
+    assert cleared[:3] == [0, 1, 2]
+
+
+def test_arrays_are_cut_along() -> None:
+    parts: list[list[int]] = []
+
+    def step(part: Any, weight: float) -> None:
+        if len(part[0]) > 2:
+            raise MemoryError
+        parts.append(part[1].tolist())
+
+    split_on_oom(step, (torch.arange(3), np.arange(3) * 10))
+    assert parts == [[0, 10], [20]]

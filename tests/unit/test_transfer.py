@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import random
+import sys
 import threading
 import types
 import warnings
 from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from portable_amp import DeviceContext, PrecisionFallbackWarning
 from portable_amp.nested import held_by, tensors_in
 from portable_amp.notices import forget as forget_notices
-from portable_amp.testing import play
+from portable_amp.testing import play, shadow
+from portable_amp.transfer import to_device
 from support import playing
 
 Pair = namedtuple("Pair", "image label")
@@ -367,7 +371,7 @@ class Ahead:
             raise ValueError("damaged")
 
 
-@pytest.mark.parametrize("name", ["a100", "m2-macos14"])
+@pytest.mark.parametrize("name", ["a100", "arc-a770"])
 def test_a_loader_with_processes_is_asked_one_batch_ahead(name: str) -> None:
     with play(name):
         there = DeviceContext(precision="fp32")
@@ -470,3 +474,103 @@ def test_what_is_fetched_is_as_it_was_and_waits_for_itself_alone(name: str) -> N
         assert not seen().requires_grad
         assert len(played.asked("wait_event")) > waited or not ctx.backend.pins_memory
         assert not played.asked("synchronize")
+
+
+class Eager(Graph):
+    """Copies asynchronously by its own choice, as some libraries' objects do."""
+
+    def to(self, device: Any) -> Any:
+        self.x = self.x.to(device, non_blocking=True)
+        return self
+
+
+@pytest.mark.parametrize("name", ["arc-a770", "m1-macos13"])
+@pytest.mark.filterwarnings("ignore::portable_amp.PrecisionFallbackWarning")
+def test_tensors_of_what_moves_itself_are_moved_as_all_others(name: str) -> None:
+    with play(name, live=True) as played:
+        ctx = DeviceContext(precision="fp32")
+        graph, model = ctx.to(
+            [Eager(torch.ones(2, 3).double()), torch.nn.Linear(1, 1, dtype=torch.complex128)]
+        )
+        assert (graph.x.device, graph.x.dtype) == (ctx.device, torch.float32)
+        assert (model.weight.device, model.weight.dtype) == (ctx.device, torch.complex64)
+        assert not played.asked("copy", non_blocking=True)
+
+
+def test_another_kind_of_to_is_left_alone_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Quantity:
+        def to(self, unit: str) -> str:
+            return unit.upper()
+
+    quantity = Quantity()
+    ctx = DeviceContext("cpu", precision="fp32")
+    caplog.clear()
+    assert [ctx.to([quantity]), ctx.to([quantity])] == [[quantity]] * 2
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "Quantity, which ctx.to leaves as it is" in told
+    with play("h100", live=True, memory=8), pytest.raises(RuntimeError, match="out of memory"):
+        DeviceContext(precision="fp32").to(Eager(torch.ones(9)))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "in a list", "moves itself", "module"])
+def test_a_layout_reaches_all_images(kind: str) -> None:
+    images = torch.ones(2, 3, 4, 4)
+    whole: Any = {
+        "tensor": images,
+        "in a list": [images],
+        "moves itself": Eager(images),
+        "module": [torch.nn.Conv2d(3, 3, 2)],
+    }[kind]
+    cpu = DeviceContext("cpu", precision="fp32")
+    moved = to_device(whole, cpu.device, cpu.backend, cpu.capabilities, torch.channels_last)
+    (found,) = moved if isinstance(moved, list) else [moved]
+    four = {"moves itself": "x", "module": "weight"}.get(kind)
+    four_dimensional = getattr(found, four) if four else found
+    assert four_dimensional.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_measurement_leaves_what_moves_itself_in_place_where_it_is() -> None:
+    graph, seen = Eager(torch.ones(4, 3)), []
+
+    def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        seen.append(batch)
+        return model(batch.x).square().mean()
+
+    DeviceContext("cpu").tuned(torch.nn.Linear(3, 1), graph, loss=loss, cache=False, budget_s=0.01)
+    assert seen
+    assert not any(one is graph for one in seen)
+
+
+def test_what_processes_loaded_is_moved_in_the_loops_own_thread() -> None:
+    seen: list[Any] = []
+    with play("h100"):
+        ctx = DeviceContext(precision="fp32")
+        with torch.autocast("cpu", torch.bfloat16):
+            list(
+                ctx.prefetch(
+                    Ahead(),
+                    lambda _: seen.append(
+                        (torch.is_autocast_enabled("cpu"), threading.get_ident())
+                    ),
+                )
+            )
+    assert seen == [(True, threading.get_ident())] * 3
+
+
+def test_every_epoch_of_a_played_loader_is_pinned() -> None:
+    with play("h100", live=True) as played:
+        loader = DataLoader(TensorDataset(torch.ones(4)), batch_size=2, pin_memory=True)
+        for epoch in (1, 2):
+            assert all(batch.is_pinned() for (batch,) in loader)
+            assert len(played.asked("pin_memory")) == 2 * epoch
+
+
+def test_the_guard_of_devices_is_put_back_even_after_an_error() -> None:
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / shadow._LIBRARY[sys.platform]))
+    slots = (ctypes.c_void_p * 15).in_dll(library, shadow._REGISTRY)
+    before = list(slots)
+    for device_type in ("cuda", "xpu", "mps"):
+        with pytest.raises(KeyError), shadow.guarded(device_type):
+            assert list(slots) != before
+            raise KeyError
+        assert list(slots) == before

@@ -722,7 +722,7 @@ def test_the_device_is_waited_for_before_and_after_each_step(clock: Clock) -> No
         events = ""
         tune(
             nn.Linear(4, 2).train(training), torch.ones(2, 4), ctx.device, ctx.capabilities,
-            loss=loss, budget_s=1.0, wait=wait, move=lambda value: value,
+            loss=loss, budget_s=1.0, wait=wait, move=lambda value, layout: value,
         )  # fmt: skip
         (checked,) = re.findall(r"^(?:t?[sw]*?w)t?(?=wts)", events)
         timed = events[len(checked) :]
