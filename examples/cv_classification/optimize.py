@@ -139,12 +139,12 @@ def make_schedule(
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched="step" if name == "constant" else name,
-            num_epochs=epochs / _cycles(options, epochs * updates_per_epoch),
             warmup_epochs=config.warmup_epochs,
             warmup_prefix=True,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
             **{
+                "num_epochs": epochs / _cycles(options, epochs * updates_per_epoch),
                 "warmup_lr": config.lr / 100,
                 "decay_rate": 1.0 if name in ("constant", "poly") else 0.1,  # or poly's power
                 "cycle_decay": 1.0,  # of the rate at each restart
