@@ -38,6 +38,8 @@ SOURCES = ROOT / "src"
 
 SLOW = 5.0
 """Seconds of a test that is not run where whole files are."""
+NEVER = 1e9
+"""Seconds of a test that fails without any fault."""
 PATIENCE = 60.0
 """Seconds in which no test ends: the fault hangs, which is noticed."""
 
@@ -174,7 +176,7 @@ def covered(worker: Worker) -> dict[str, Any]:
         new = json.loads(target.read_text())
         for test in new["failed"]:
             print(f"fails without any fault, and is left out: {test}", flush=True)
-            new["tests"].pop(test, None)
+            new["tests"][test] = [NEVER, {}]
         for name in stale:
             tests = {t: v for t, v in new["tests"].items() if t.split("::")[0] == name}
             known["files"][name] = [stamps[name], tests]
@@ -247,13 +249,13 @@ class Module:
         chosen: list[str] = []
         budget = self.seconds
         for test in [*order, *(test for test in started if test not in running)]:
-            budget -= self.tests[test][0]
-            if budget > 0:
+            if self.tests[test][0] <= budget:
+                budget -= self.tests[test][0]
                 chosen.append(test)
         return {
             "what": "try",
             "skipped": self.skipped,
-            "module": self.name if "pytest" in self.name else "portable_amp." + self.name,
+            "module": ".".join(self.path.relative_to(SOURCES).with_suffix("").parts),
             "path": self.short,
             "original": self.source,
             "source": fault.source,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import select
@@ -224,7 +225,7 @@ class Loaded:
                 function.__code__ = code
             watcher = Watcher(say)
             chosen[0].config.pluginmanager.register(watcher)
-            for item, following in zip(chosen, [*chosen[1:], None], strict=True):
+            for item, following in itertools.pairwise([*chosen, None]):
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
                 if watcher.failed:
                     return f"killed {watcher.failed}"
@@ -242,13 +243,14 @@ def cover(items: dict[str, pytest.Item], request: dict[str, Any]) -> str:
 
     def run(say: Say) -> str:
         measured = coverage.Coverage(data_file=None, source=["src"], config_file=False)
+        measured.set_option("run:disable_warnings", ["no-data-collected"])
         watcher = Watcher(say)
         if wanted:
             wanted[0].config.pluginmanager.register(watcher)
         seconds: dict[str, float] = {}
         failed = []
         measured.start()
-        for item, following in zip(wanted, [*wanted[1:], None], strict=True):
+        for item, following in itertools.pairwise([*wanted, None]):
             measured.switch_context(item.nodeid)
             began = time.perf_counter()
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
