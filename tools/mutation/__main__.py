@@ -82,7 +82,7 @@ def own_files(module: str, path: Path) -> list[str]:
         for folder in ("unit", "property")
         for file in sorted((ROOT / "tests" / folder).glob(f"test_{parts[-1]}*.py"))
     ]
-    return [path.relative_to(ROOT).as_posix(), *named, *OWN.get(parts[0] if parts[1:] else "", [])]
+    return [path.relative_to(ROOT).as_posix(), *(named or OWN.get(parts[0], []))]
 
 
 def digest(*paths: Path) -> str:
