@@ -19,6 +19,18 @@ from cv_classification.train import train
 from cv_classification.tta import predict
 from portable_amp import PortableAmpError, is_oom_error
 
+
+def check_count(text: str) -> int:
+    """The number, at least 1, that a word of the command line is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 COMMANDS = {
     "train": "train a model",
     "evaluate": "tell how good a model is, on its validation images or on others",
@@ -29,6 +41,7 @@ COMMANDS = {
 LOGGERS = ("portable_amp", "py.warnings")
 SETTING = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 INT: dict[str, Any] = {"type": int, "default": 0}
+COUNT: dict[str, Any] = {"type": check_count, "default": 0}
 PATH: dict[str, Any] = {"type": check_path}
 FLAG: dict[str, Any] = {"action": "store_true"}
 RESUME: dict[str, Any] = {"choices": ["always", "auto"], "default": ""}
@@ -42,7 +55,7 @@ OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("--output", "predict report", "the file to write, by default beside the checkpoint", PATH),
     ("--tta", "evaluate report", "average over the preset's views", FLAG),
     ("--no-tta", "predict", "see each image once", {"action": "store_false", "dest": "tta"}),
-    ("--mc-dropout", "evaluate predict report", "average over so many passes with dropout", INT),
+    ("--mc-dropout", "evaluate predict report", "average over so many passes with dropout", COUNT),
     (
         "--skip-bad-images",
         "train evaluate report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional as F
 
 from cv_classification.data import Classes
+from cv_classification.tracking import Row
 
 
 def measure(probs: torch.Tensor, labels: Sequence[int]) -> dict[str, float]:
@@ -33,3 +35,15 @@ def report(probs: torch.Tensor, labels: Sequence[int], classes: Classes) -> str:
     for label, (name, score) in enumerate(zip(classes.names, scores, strict=True)):
         lines.append(f"  {name}: F1 {score:.4f}, {list(labels).count(label)} images")
     return "\n".join(lines)
+
+
+def score(row: Row, monitor: str) -> float:
+    """What is monitored, higher is better."""
+    return -row[monitor] if monitor == "log_loss" else row[monitor]
+
+
+def stale_epochs(history: list[Row], monitor: str) -> int:
+    """How many epochs ago the best one was: by what is monitored, then by log loss; never NaN."""
+    pairs = [(score(row, monitor), -row["log_loss"]) for row in history]
+    scores = [tuple(-math.inf if math.isnan(x) else x for x in pair) for pair in pairs]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0

@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.data.mixup import Mixup
 from timm.optim import (  # type: ignore[attr-defined]
     create_optimizer_v2,
     list_optimizers,
     param_groups_weight_decay,
 )
 from timm.scheduler.scheduler_factory import create_scheduler_v2
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from cv_classification.config import InputError, TrainConfig, nearest
+from cv_classification.config import DataConfig, InputError, TrainConfig, nearest
 from cv_classification.model import Classifier
 from cv_classification.plain import brief
 
@@ -91,6 +93,23 @@ def make_optimizer(model: Classifier, config: TrainConfig) -> torch.optim.Optimi
         return optimizer
 
 
+def make_average(model: nn.Module, decay: float) -> ModelEmaV3:
+    """A running mean of the weights, which starts at those of the first update.
+
+    The decay rises to `decay`: in a short run the first, random weights would weigh too much.
+    """
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
+
+
+def make_mixup(config: DataConfig, classes: int) -> Mixup | None:
+    """Mixup and cutmix of timm, if asked for: images (N, ...) float, labels (N,) -> both mixed."""
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(  # type: ignore[no-untyped-call]
+        config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes
+    )
+
+
 class Schedule:
     """The learning rates of a run, as timm or torch plans them."""
 
@@ -136,15 +155,16 @@ def make_schedule(
         epochs = config.epochs - config.warmup_epochs
         if epochs <= 0:
             raise ValueError(f"a warm-up of {config.warmup_epochs} epochs has to be shorter")
+        cycle: Any = epochs / _cycles(options, epochs * updates_per_epoch)
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched="step" if name == "constant" else name,
+            num_epochs=cycle,
             warmup_epochs=config.warmup_epochs,
             warmup_prefix=True,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
             **{
-                "num_epochs": epochs / _cycles(options, epochs * updates_per_epoch),
                 "warmup_lr": config.lr / 100,
                 "decay_rate": 1.0 if name in ("constant", "poly") else 0.1,  # or poly's power
                 "cycle_decay": 1.0,  # of the rate at each restart

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timm.data.mixup import Mixup
-from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
@@ -29,9 +27,16 @@ from cv_classification.images import (
     read_split,
 )
 from cv_classification.interrupt import Interruptions
-from cv_classification.metrics import measure
+from cv_classification.metrics import measure, score, stale_epochs
 from cv_classification.model import build_model, check_model, load_trained
-from cv_classification.optimize import check_optimize, make_loss, make_optimizer, make_schedule
+from cv_classification.optimize import (
+    check_optimize,
+    make_average,
+    make_loss,
+    make_mixup,
+    make_optimizer,
+    make_schedule,
+)
 from cv_classification.run import ADVICE, Run
 from cv_classification.tracking import Row, Tracker, check_tracking
 from cv_classification.tta import predict_samples, probabilities
@@ -163,7 +168,7 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
         Interrupted: after a step, and saved.
     """
     ctx, net, progress, settings = run.ctx, run.net, run.progress, run.config.train
-    mix = make_mixup(run.config, len(run.data.classes.names))
+    mix = make_mixup(run.config.data, len(run.data.classes.names))
     net.train()
     losses: list[Callable[[], torch.Tensor]] = []
     names: list[int] = []
@@ -226,34 +231,6 @@ def take_step(run: Run, loss: float, names: list[int]) -> bool:
     scaler.update()
     run.optimizer.zero_grad()
     return scaler.last_step is not None and scaler.last_step.stepped
-
-
-def make_average(model: nn.Module, decay: float) -> ModelEmaV3:
-    """A running mean of the weights, which starts at those of the first update.
-
-    The decay rises to `decay`: in a short run the first, random weights would weigh too much.
-    """
-    return ModelEmaV3(model, decay=decay, use_warmup=True)
-
-
-def make_mixup(config: Config, classes: int) -> Mixup | None:
-    """Mixup and cutmix of timm, if asked for: images (N, ...) float, labels (N,) -> both mixed."""
-    if not config.data.mixup and not config.data.cutmix:
-        return None
-    return Mixup(  # type: ignore[no-untyped-call]
-        config.data.mixup, config.data.cutmix, label_smoothing=0.0, num_classes=classes
-    )
-
-
-def score(row: Row, monitor: str) -> float:
-    """What is monitored, higher is better."""
-    return -row[monitor] if monitor == "log_loss" else row[monitor]
-
-
-def stale_epochs(history: list[Row], monitor: str) -> int:
-    """How many epochs ago the best one was: by what is monitored, then by log loss."""
-    scores = [(score(row, monitor), -row["log_loss"]) for row in history]
-    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
 def tell(text: str) -> None:

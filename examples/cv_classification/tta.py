@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from cv_classification.augment import Transform, find_preset
@@ -28,10 +30,13 @@ from cv_classification.images import (
 )
 from cv_classification.model import Trained, load_trained
 from cv_classification.parallel import gather
-from portable_amp import DeviceContext, split_on_oom
+from portable_amp import DeviceContext, ranks, seed_everything, split_on_oom
 
 Groups = list[Sequence[str]]
 """Names of views; those of a group go through the model together."""
+
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
+DROPOUTS |= {F.feature_alpha_dropout}
 
 
 def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
@@ -96,7 +101,24 @@ class Looks:
         return seen / self.passes
 
 
-@torch.inference_mode()
+class Dropping(TorchFunctionMode):
+    """Within it all dropout drops, in evaluation too; `seen` is whether there was any.
+
+    The functions of torch are asked, not its layers: many models call them without one.
+    """
+
+    seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call it, with `training` where it drops."""
+        kwargs = kwargs or {}
+        if func in DROPOUTS and kwargs["p"] > 0:
+            self.seen, kwargs = True, {**kwargs, "training": True}
+        return func(*args, **kwargs)
+
+
 def probabilities(
     model: nn.Module,
     batches: Batches,
@@ -111,19 +133,38 @@ def probabilities(
     The model takes images as a Classifier does, bytes too.
     The mean over `views`, over the random views that the loader draws of a sample, and over so many
     `passes` with dropout; `together` with the other processes, each of which has its share.
+    What overflows in 16 bits is computed again in float32, and told.
 
     Raises:
-        InputError: passes are asked for, and the model has no dropout.
+        InputError: passes are asked for, and the model has no dropout; or it gives no finite
+            numbers.
     """
+    for one in (ctx, DeviceContext(ctx.device, precision="fp32")):
+        probs = _probabilities(model, batches, one, views, passes, together=together)
+        lost = int((~probs.isfinite().all(1)).sum())
+        if not lost:
+            return probs
+        what = f"the model's answers to {lost} of {len(probs)} images are not finite"
+        if not one.plan.autocast:
+            break
+        if ranks().is_main:
+            print(f"{what} in {one.plan.name}; computing them again in fp32", flush=True)
+    raise InputError(f"{what}; training with a smaller train.lr may keep them so")
+
+
+@torch.inference_mode()
+def _probabilities(
+    model: nn.Module,
+    batches: Batches,
+    ctx: DeviceContext,
+    views: Sequence[str],
+    passes: int,
+    *,
+    together: bool,
+) -> torch.Tensor:
     # Some, such as LeViT, keep in evaluation what they computed of older weights.
     model.train().eval()
-    if passes:
-        dropouts = [one for one in model.modules() if isinstance(one, _DropoutNd) and one.p > 0]
-        for dropout in dropouts:
-            dropout.train()
-        if not dropouts:
-            raise InputError(f"--mc-dropout {passes}: the model has no layer that drops anything")
-
+    dropping = Dropping()
     looks = Looks(model, ctx, views, passes or 1)
     indexes, merged = [], []
     for images, _, index in tqdm(ahead(batches, ctx), "predict", len(batches), False, disable=None):
@@ -134,8 +175,10 @@ def probabilities(
         size = min(chunk, len(images))
         step = max(1, chunk // size)
         looks.groups = [views[at : at + step] for at in range(0, len(views), step)]
-        merged += split_on_oom(looks.mean, images, size=size)
-    model.eval()
+        with dropping if passes else contextlib.nullcontext():
+            merged += split_on_oom(looks.mean, images, size=size)
+        if passes and not dropping.seen:
+            raise InputError(f"--mc-dropout {passes}: the model has no layer that drops anything")
     # The only wait for the device.
     mine = torch.cat(indexes), torch.cat(merged).cpu()
     parts = gather(mine) if together else [mine]
@@ -156,6 +199,8 @@ def predict_samples(
     """Probabilities (N, C) float32 in the order of the samples, the mean over the models."""
     found = []
     for one in trained:
+        if passes:
+            seed_everything(one.config.seed)
         preset = find_preset(one.config.data.preset)
         dataset = ImageDataset(samples, Transform(preset, one.model.size))
         batches = make_loader(dataset, evaluation_draws(len(samples)), ctx, one.config)

@@ -205,6 +205,8 @@ CASES = {
         f"{TRAIN} train.schedule=onecycle train.schedule_options.speed=3", "unexpected keyword"
     ),
     "optimizer for another loop": Case(f"{TRAIN} train.optimizer=LBFGS", "LBFGS"),
+    "a negative number of passes": Case(f"{PREDICT} --mc-dropout -3", "--mc-dropout"),
+    "no passes": Case(f"{PREDICT} --mc-dropout 0", "--mc-dropout"),
     "dropout where there is none": Case(f"{PREDICT} --mc-dropout 3", "no layer that drops"),
     "resume what": Case(f"{TRAIN} --resume=perhaps", "invalid choice: 'perhaps'"),
     "resumed with other settings": Case(

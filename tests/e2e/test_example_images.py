@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cv_classification.augment import PRESETS, Transform, find_preset
-from cv_classification.config import Config, DataConfig, InputError, TrainConfig
+from cv_classification.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
 from cv_classification.data import Sample
 from cv_classification.decode import Cache, read_image
 from cv_classification.images import (
@@ -29,8 +29,10 @@ from cv_classification.images import (
     evaluation_draws,
     make_loader,
 )
+from cv_classification.model import build_model
 from cv_classification.tta import VIEWS, merge, probabilities, rotate, stack_views
 from portable_amp import DeviceContext
+from portable_amp.testing import play
 
 CPU = DeviceContext("cpu", precision="fp32")
 
@@ -442,3 +444,33 @@ def test_dropout_stays_on_for_so_many_passes() -> None:
     torch.testing.assert_close(noisy[2], exact, rtol=0, atol=0.06)
     with pytest.raises(InputError, match="no layer that drops"):
         probabilities(torch.nn.Flatten(), batches, CPU, passes=2)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "mobilenetv3_small_050"])
+def test_dropout_that_is_no_layer_drops_too(name: str) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(name=name, drop_rate=0.5)
+    model = build_model(config, 3, weights=False)
+    batches: Any = [(torch.rand(2, 3, 64, 64) * 255, None, torch.arange(2))]
+    plain = probabilities(model, batches, CPU)
+    assert not torch.equal(plain, probabilities(model, batches, CPU, passes=1))
+    assert torch.equal(plain, probabilities(model, batches, CPU))
+    with pytest.raises(InputError, match="no layer that drops"):
+        probabilities(build_model(ModelConfig(name=name), 3), batches, CPU, passes=1)
+
+
+def test_what_overflows_in_16_bits_is_computed_again(capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    torch.nn.init.constant_(model[1].weight, 1e3)
+    model[1].weight.data[0] *= 2
+    batches: Any = [(torch.tensor([[255.0] * 4, [1.0] * 4]), None, torch.arange(2))]
+    with play("t4", live=True):
+        ctx = DeviceContext(precision="fp16")
+        probs = probabilities(ctx.to(model), batches, ctx)
+        model.cpu()
+    assert probs.tolist() == [[1.0, 0.0, 0.0]] * 2
+    said = capsys.readouterr().out
+    assert "answers to 1 of 2 images are not finite in fp16; computing them again in fp32" in said
+    model[1].weight.data[0] = torch.nan
+    with pytest.raises(InputError, match="answers to 2 of 2 images are not finite;"):
+        probabilities(model, batches, CPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,10 @@ def test_what_is_best_is_what_is_monitored() -> None:
     assert training.stale_epochs(history, "log_loss") == 1
     assert training.stale_epochs(history[:1], "log_loss") == 0
     assert training.stale_epochs([], "macro_f1") == 0
+    for lost in ({"macro_f1": math.nan}, {"log_loss": math.nan, "macro_f1": 1.0}):
+        later = [{**history[0], **lost}, *history[1:]]
+        assert training.stale_epochs(later, "macro_f1") == 1 + ("log_loss" in lost) * 2
+        assert training.stale_epochs(later, "log_loss") == 1
 
 
 def test_every_epoch_has_an_order_of_its_own(
