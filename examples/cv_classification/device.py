@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cv_classification.config import Config
-from cv_classification.model import Classifier
+from cv_classification.model import Classifier, Ensemble
 from portable_amp import DeviceContext, ranks
 
 TUNED = "tuned"
@@ -21,7 +21,7 @@ def make_context(config: Config) -> DeviceContext:
     return DeviceContext(config.device, precision=precision)
 
 
-def tuned(ctx: DeviceContext, model: Classifier, config: Config) -> DeviceContext:
+def tuned(ctx: DeviceContext, model: Classifier | Ensemble, config: Config) -> DeviceContext:
     """With `precision: tuned` the plan that is fastest for this model in the mode it is in."""
     if config.precision != TUNED:
         return ctx

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,13 @@ from cv_classification.config import (
     InputError,
     ModelConfig,
     check_config,
+    check_same_run,
     nearest,
     override_runtime,
 )
 from cv_classification.data import Classes
 from cv_classification.plain import brief
-from portable_amp import load_checkpoint
+from portable_amp import PortableAmpError, load_checkpoint
 
 
 class Classifier(nn.Module):
@@ -104,7 +106,10 @@ def build_model(config: ModelConfig, classes: int, *, weights: bool = True) -> C
         net = create(pretrained=weights and config.pretrained and config.weights is None)
         if weights and config.weights is not None:
             # timm would pass over whatever a file lacks, unless it has as many classes as wanted.
-            state = load_state_dict(str(config.weights)) | _head(net)
+            state = load_state_dict(str(config.weights))
+            # A checkpoint of this program has them as those of a Classifier.
+            own = {key[4:]: value for key, value in state.items() if key.startswith("net.")}
+            state = (own or state) | _head(net)
             overlay = {"state_dict": state, "num_classes": classes, "label_offset": 0}
             net = create(pretrained=True, pretrained_cfg_overlay=overlay)
             del net.pretrained_cfg["state_dict"]
@@ -195,18 +200,72 @@ def load_trained(path: Path, overrides: Sequence[str] = ()) -> list[Trained]:
     """The model of a checkpoint; or the best one in a run's folder, or in each of its folds'.
 
     Raises:
-        InputError: the checkpoint is not of this program, or an override would change the model.
+        InputError: the checkpoint is not of this program, or an override would change the model; or
+            the folder does not have all folds of one run.
         CheckpointError: it is missing, damaged, or not safe to load.
     """
-    if path.is_dir():
-        found = sorted(path.glob("fold*/best.pt")) or [path / "best.pt"]
-        return [one for checkpoint in found for one in load_trained(checkpoint, overrides)]
+    if not path.is_dir():
+        return [_load_one(path, overrides)]
+    alone, found = path / "best.pt", sorted(path.glob("fold*/best.pt"))
+    if not found:
+        return [_load_one(alone, overrides)]
+    if alone.exists():
+        raise InputError(f"{str(path)!r} holds a run and the folds of another; name a checkpoint")
+    folds = [_load_one(checkpoint, overrides) for checkpoint in found]
+    first, known = folds[0], {one.config.data.fold: one for one in folds}
+    for one in folds:
+        data = {**one.config.model_dump(mode="json")["data"], "fold": first.config.data.fold}
+        try:
+            check_same_run({**one.config.model_dump(mode="json"), "data": data}, first.config)
+        except InputError as error:
+            raise InputError(f"{one.path} is of another run than {first.path}: {error}") from error
+        if one.classes != first.classes:
+            raise InputError(f"{one.path} has other classes than {first.path}")
+    missing = sorted({*range(first.config.data.folds or 0)} ^ known.keys(), key=str)
+    if missing:
+        raise InputError(
+            f"{str(path)!r} has {len(folds)} of {first.config.data.folds} folds, without "
+            f"{missing[0]}: `train --resume` goes on with it, or name a checkpoint"
+        )
+    return [known[fold] for fold in range(len(folds))]
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Whatever it is that does not fit in a checkpoint, as an InputError about it."""
+    try:
+        yield
+    except (InputError, PortableAmpError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{str(path)!r} is not such a checkpoint: {why}") from error
+
+
+def _load_one(path: Path, overrides: Sequence[str]) -> Trained:
     state = read_state(path)
-    config = override_runtime(check_config(state["config"], str(path)), overrides)
-    targets, names = state["classes"]
-    model = build_model(config.model, len(targets), weights=False)
-    load_weights(model, state["model"], path)
-    return [Trained(model, config, Classes(tuple(targets), tuple(names)), state["split"], path)]
+    with understood(path):
+        config = override_runtime(check_config(state["config"], str(path)), overrides)
+        targets, names = state["classes"]
+        classes = Classes(tuple(map(int, targets)), tuple(map(str, names)))
+        if not len(targets) == len(names) == len({*targets}):
+            raise ValueError("its classes have no names")
+        model = build_model(config.model, len(targets), weights=False)
+        load_weights(model, state["model"], path)
+        return Trained(model, config, classes, str(state["split"]), path)
+
+
+class Ensemble(nn.Module):
+    """images, as a Classifier takes them -> log of the models' mean probabilities: (N, C)."""
+
+    def __init__(self, models: Sequence[Classifier]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.size = models[0].size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return torch.stack([one(images).float().softmax(-1) for one in self.models]).mean(0).log()
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any], path: Path) -> None:

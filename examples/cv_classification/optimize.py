@@ -110,12 +110,32 @@ def make_mixup(config: DataConfig, classes: int) -> Mixup | None:
     )
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two states have the same form: keys, lengths and types, whatever the numbers.
+
+    >>> alike({"lr": 1, "betas": (0.9, 0.99)}, {"lr": 0.5, "betas": [0, 1]})
+    True
+    >>> alike({"lr": 1}, {"lr": "x"})
+    False
+    """
+    for kind in (int | float, str | None):
+        if isinstance(one, kind):
+            return isinstance(other, kind)
+    if isinstance(one, Mapping):
+        same = isinstance(other, Mapping) and one.keys() == other.keys()
+        return same and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        same = isinstance(other, list | tuple) and len(one) == len(other)
+        return same and all(map(alike, one, other))
+    return type(one) is type(other)
+
+
 class Schedule:
     """The learning rates of a run, as timm or torch plans them."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.state_dict, self.load_state_dict = scheduler.state_dict, scheduler.load_state_dict
+        self.state_dict = scheduler.state_dict
         self.by_score = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
 
     def step(self, updates: int) -> None:
@@ -124,6 +144,16 @@ class Schedule:
             self.scheduler.step_update(updates)
         elif not self.by_score:
             self.scheduler.step()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: it is the state of something else.
+        """
+        if not alike(self.state_dict(), state):
+            raise ValueError("its schedule is another")
+        self.scheduler.load_state_dict(state)
 
     def end_epoch(self, score: float) -> None:
         """Go on after an epoch, if the schedule waits for the score, higher is better, to stall."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from cv_classification import parallel
 from cv_classification.config import Config, InputError, check_same_run
 from cv_classification.images import Split
-from cv_classification.model import Classifier, describe, load_weights, read_state
-from cv_classification.optimize import Schedule
+from cv_classification.model import Classifier, describe, load_weights, read_state, understood
+from cv_classification.optimize import Schedule, alike
 from cv_classification.tracking import Row
 from portable_amp import (
+    CheckpointError,
     DeviceContext,
     ScalerShim,
     ranks,
@@ -25,6 +28,9 @@ from portable_amp import (
     set_rng_state,
 )
 
+WAY_BACK = "a new run begins from the best epoch with output=... model.weights={}"
+MEASURED = {"epoch", "updates", "lr", "loss", "accuracy", "macro_f1", "log_loss"}
+Natural = Annotated[int, Field(ge=0)]
 ADVICE = "a smaller train.lr, or train.max_norm=1, may keep it finite"
 
 
@@ -32,15 +38,15 @@ ADVICE = "a smaller train.lr, or train.max_norm=1, may keep it finite"
 class Progress:
     """How far a run is."""
 
-    epoch: int = 0
-    batches: int = 0
+    epoch: Natural = 0
+    batches: Natural = 0
     """Done in this epoch, by each process."""
-    updates: int = 0
+    updates: Natural = 0
     """Steps the optimizer has taken."""
     loss: float = 0.0
     """Sum of this epoch's finite losses."""
-    finite: int = 0
-    lost: int = 0
+    finite: Natural = 0
+    lost: Natural = 0
     """Losses in a row that were not finite."""
     history: list[Row] = field(default_factory=list)
 
@@ -113,19 +119,51 @@ class Run:
         """Go on from a checkpoint of the same run.
 
         Raises:
-            InputError: it is of another model, or of other data or settings.
+            InputError: it is of another model, or of other data or settings, or not whole.
             CheckpointError: it is missing, damaged, or not safe to load.
         """
-        state = read_state(path, "optimizer", "progress")
+        try:
+            state = read_state(path, "optimizer", "schedule", "scaler", "ema", "rng", "progress")
+        except CheckpointError as error:
+            best = path.with_name("best.pt")
+            if not best.exists():
+                raise
+            raise InputError(f"{error}; {WAY_BACK.format(best)}") from error
+        with understood(path):
+            self._put_back(state, path)
+
+    def _put_back(self, state: Mapping[str, Any], path: Path) -> None:
         check_same_run(state["config"], self.config)
         if state["split"] != self.data.digest:
             raise InputError(f"{self.config.data.path} has changed since {str(path)!r} was written")
+        progress = TypeAdapter(Progress).validate_python(state["progress"])
+        if state["progress"].keys() != asdict(progress).keys():
+            raise ValueError("its progress is not told")
+        if not all(row.keys() >= MEASURED for row in progress.history):
+            raise ValueError("its history lacks numbers")
+        groups, had = self.optimizer.param_groups, state["optimizer"]["param_groups"]
+        bare = [[{**group, "params": []} for group in one] for one in (groups, had)]
+        if not self.config.train.sharded and not alike(*bare):
+            raise ValueError("its optimizer has other settings")
         parallel.set_states(
             self.model, self.optimizer, state, path, sharded=self.config.train.sharded
         )
         self.schedule.load_state_dict(state["schedule"])
+        if not all(isinstance(value, int | float) for value in state["scaler"].values()):
+            raise ValueError("its scaler holds no numbers")
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             load_weights(self.ema.module, state["ema"], path)
         set_rng_state(state["rng"][ranks().rank % len(state["rng"])])
-        self.progress = Progress(**state["progress"])
+        self.progress = progress
+
+    def restore_best(self) -> None:
+        """See that there is a best.pt to end with; else the last epoch's model takes its place.
+
+        Every process must call it.
+        """
+        best = self.config.output / "best.pt"
+        if any(parallel.gather(bool(self.progress.history) and not best.exists())):
+            if ranks().is_main:
+                print(f"{str(best)!r} is lost; the last epoch's model takes its place", flush=True)
+            self.save("best.pt", best=True)

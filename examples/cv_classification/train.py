@@ -37,7 +37,7 @@ from cv_classification.optimize import (
     make_optimizer,
     make_schedule,
 )
-from cv_classification.run import ADVICE, Run
+from cv_classification.run import ADVICE, WAY_BACK, Run
 from cv_classification.tracking import Row, Tracker, check_tracking
 from cv_classification.tta import predict_samples, probabilities
 from portable_amp import DeviceContext, ranks, seed_everything, split_on_oom
@@ -61,7 +61,7 @@ def train(
     try:
         tell(ctx.explain() if explain else ctx.summary())
         for one in folds(config):
-            train_one(one, ctx, resume=resume, skip_bad=skip_bad)
+            train_one(one, ctx, resume=bool(resume), skip_bad=skip_bad)
     finally:
         parallel.leave()
     return config.output
@@ -82,7 +82,7 @@ def folds(config: Config) -> list[Config]:
     ]
 
 
-def train_one(config: Config, ctx: DeviceContext, *, resume: str, skip_bad: bool) -> None:
+def train_one(config: Config, ctx: DeviceContext, *, resume: bool, skip_bad: bool) -> None:
     """Train one model from beginning, or checkpoint, to end; see `train`."""
     data = read_split(config, skip_bad=skip_bad)
     tell(f"{len(data.train)} images to train on, {len(data.validation)} to validate")
@@ -113,8 +113,9 @@ def train_one(config: Config, ctx: DeviceContext, *, resume: str, skip_bad: bool
     run = Run(config, ctx, data, model, net, optimizer, schedule, ctx.scaler(), criterion, ema)
     seed_everything(config.seed + ranks().rank)  # dropout and mixup differ between processes
     last = config.output / "last.pt"
-    if resume == "always" or (resume == "auto" and last.exists()):
+    if resume and last.exists():  # a fold may not have begun
         run.load(last)
+        run.restore_best()
 
     progress, settings = run.progress, config.train
     if ranks().is_main:
@@ -264,10 +265,18 @@ def check(config: Config, *, resume: str = "") -> DeviceContext:
         raise InputError(f"data.fold={data.fold}: data.folds={data.folds} has no such fold")
     if settings.ema and settings.sharded:
         raise InputError("train.ema and train.sharded: an average of shards is not supported")
-    held = [one.output / "last.pt" for one in folds(config)]
-    if not resume and any(path.exists() for path in held):
+    own = {one.output for one in folds(config)}
+    names = ("last.pt", "best.pt", "fold*/last.pt", "fold*/best.pt")
+    held = {path.parent for name in names for path in config.output.glob(name)}
+    if held - own:
+        raise InputError(f"{str(min(held - own))!r} is of a run with other folds; output=... works")
+    if held and not resume:
         raise InputError(
             f"{str(config.output)!r} already holds a run; --resume goes on with it, output=... "
             "begins another"
         )
+    if not held and resume == "always":
+        raise InputError(f"{str(config.output)!r} holds no run to resume")
+    for lost in (one / "last.pt" for one in held if not (one / "last.pt").exists()):
+        raise InputError(f"{str(lost)!r} is missing; {WAY_BACK.format(lost.with_name('best.pt'))}")
     return ctx

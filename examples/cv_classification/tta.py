@@ -28,7 +28,7 @@ from cv_classification.images import (
     evaluation_draws,
     make_loader,
 )
-from cv_classification.model import Trained, load_trained
+from cv_classification.model import Ensemble, Trained, load_trained
 from cv_classification.parallel import gather
 from portable_amp import DeviceContext, ranks, seed_everything, split_on_oom
 
@@ -196,18 +196,18 @@ def predict_samples(
     tta: bool,
     passes: int = 0,
 ) -> torch.Tensor:
-    """Probabilities (N, C) float32 in the order of the samples, the mean over the models."""
-    found = []
-    for one in trained:
-        if passes:
-            seed_everything(one.config.seed)
-        preset = find_preset(one.config.data.preset)
-        dataset = ImageDataset(samples, Transform(preset, one.model.size))
-        batches = make_loader(dataset, evaluation_draws(len(samples)), ctx, one.config)
-        views = preset.views if tta else ("identity",)
-        own = tuned(ctx, one.model.eval(), one.config)
-        found.append(probabilities(own.to(one.model), batches, own, views, passes=passes))
-    return torch.stack(found).mean(0)
+    """Probabilities (N, C) float32 in the samples' order, the mean over the models of a run."""
+    first, models = trained[0], [one.model for one in trained]
+    if passes:
+        seed_everything(first.config.seed)
+    preset = find_preset(first.config.data.preset)
+    # The folds of a run see the same images, decoded once.
+    dataset = ImageDataset(samples, Transform(preset, first.model.size))
+    batches = make_loader(dataset, evaluation_draws(len(samples)), ctx, first.config)
+    views = preset.views if tta else ("identity",)
+    model = Ensemble(models) if len(models) > 1 else models[0]
+    own = tuned(ctx, model.eval(), first.config)
+    return probabilities(own.to(model), batches, own, views, passes=passes)
 
 
 def predict(
