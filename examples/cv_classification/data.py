@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from cv_classification.config import DataConfig, InputError, own_stream
+from cv_classification.lock import sweep
 from cv_classification.plain import brief
 from portable_amp import ranks
 from portable_amp.checkpoint import replacing
@@ -149,6 +150,7 @@ def write_text(path: Path, text: str, check: Callable[[Path], None] | None = Non
         path.write_text(text, encoding="utf-8", newline="")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         with replacing(path) as new:
             new.write_text(text, encoding="utf-8", newline="")
             if check:

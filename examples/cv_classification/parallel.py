@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,8 +42,21 @@ def join(ctx: DeviceContext, config: Config) -> DeviceContext:
         )
     if config.train.sharded and count == 1:
         raise InputError("train.sharded=true: one process has nobody to share with; use torchrun")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets it; srun ends its processes itself
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     init_distributed(ctx.device)
     return ctx.agreed()
+
+
+def _watch(launcher: int) -> None:
+    """End this process at once when its launcher is gone: the job may be running elsewhere again.
+
+    In a thread of its own, since the loop may be waiting for another process.
+    """
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.write(2, b"the launcher has ended, and so does this process of it\n")
+    os._exit(1)
 
 
 def spread(model: nn.Module, ctx: DeviceContext, config: Config) -> nn.Module:

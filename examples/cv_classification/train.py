@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from cv_classification.images import (
     read_split,
 )
 from cv_classification.interrupt import Interruptions
+from cv_classification.lock import locked, sweep
 from cv_classification.metrics import measure, score, stale_epochs
 from cv_classification.model import build_model, check_model, load_trained
 from cv_classification.optimize import (
@@ -57,13 +59,17 @@ def train(
         PortableAmpError: there is no such device or precision, or a checkpoint is unreadable.
         Interrupted: by Ctrl-C or SIGTERM; what was done is saved.
     """
-    ctx = parallel.join(check(config, resume=resume), config)
-    try:
+    ctx = check(config, resume=resume)
+    with ExitStack() as stack:
+        if ranks().is_main:
+            for folder in sorted({config.output, *(one.output for one in folds(config))}):
+                stack.enter_context(locked(folder))
+            check_held(config, resume=resume)  # another process may have trained until now
+        ctx = parallel.join(ctx, config)
+        stack.callback(parallel.leave)
         tell(ctx.explain() if explain else ctx.summary())
         for one in folds(config):
             train_one(one, ctx, resume=bool(resume), skip_bad=skip_bad)
-    finally:
-        parallel.leave()
     return config.output
 
 
@@ -119,9 +125,8 @@ def train_one(config: Config, ctx: DeviceContext, *, resume: bool, skip_bad: boo
 
     progress, settings = run.progress, config.train
     if ranks().is_main:
-        config.output.mkdir(parents=True, exist_ok=True)
-        for left in config.output.glob(".*.tmp"):  # by a process that was killed while writing
-            left.unlink()
+        for name in ("best.pt", "last.pt", "metrics.jsonl"):  # only who holds the lock writes them
+            sweep(config.output / name, age=0.0)
     tracker = Tracker(config, len(progress.history)) if ranks().is_main else None
     with Interruptions() as interruptions:
         while progress.epoch < settings.epochs:
@@ -265,6 +270,16 @@ def check(config: Config, *, resume: str = "") -> DeviceContext:
         raise InputError(f"data.fold={data.fold}: data.folds={data.folds} has no such fold")
     if settings.ema and settings.sharded:
         raise InputError("train.ema and train.sharded: an average of shards is not supported")
+    check_held(config, resume=resume)
+    return ctx
+
+
+def check_held(config: Config, *, resume: str) -> None:
+    """See that what the output holds is to be gone on with, and only that.
+
+    Raises:
+        InputError: it holds a run, or others than this one, or none to go on with.
+    """
     own = {one.output for one in folds(config)}
     names = ("last.pt", "best.pt", "fold*/last.pt", "fold*/best.pt")
     held = {path.parent for name in names for path in config.output.glob(name)}
@@ -279,4 +294,3 @@ def check(config: Config, *, resume: str = "") -> DeviceContext:
         raise InputError(f"{str(config.output)!r} holds no run to resume")
     for lost in (one / "last.pt" for one in held if not (one / "last.pt").exists()):
         raise InputError(f"{str(lost)!r} is missing; {WAY_BACK.format(lost.with_name('best.pt'))}")
-    return ctx

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,10 @@ COMPARABLE = NO_BATCH_NORM | {
 
 # Else the restarted processes find the addresses of the dead ones: pytorch#135712.
 STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+TORCHRUN = (
+    *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
+    *("--nproc-per-node", "2"),
+)
 DIES_ONCE = """
 import os, signal, sys
 from cv_classification import train as training
@@ -55,10 +63,7 @@ sys.exit(main())
 
 def torchrun(*words: str) -> str:
     done = subprocess.run(
-        [
-            sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node", "2", *words,
-        ],
+        [*TORCHRUN, *words],
         env=environment() | STORE, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -101,6 +106,60 @@ def test_a_killed_worker_is_brought_back(settings: Settings, tmp_path: Path) -> 
     torchrun("--max-restarts", "3", script, "train", "--resume", "auto", *killed)
     assert (tmp_path / "killed/died").exists()
     assert compare(tmp_path / "whole", tmp_path / "killed") == []
+
+
+SLOW = """
+import os, sys, time
+from cv_classification import train as training
+from cv_classification.__main__ import main
+usual = training.take_step
+def take_step(run, *rest):
+    print("rank", os.environ["RANK"], os.getpid(), flush=True)
+    time.sleep(0.2)
+    return usual(run, *rest)
+training.take_step = take_step
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system does not tell of dead parents")
+def test_ranks_end_with_their_launcher(settings: Settings, tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    arguments = ["train", *settings(train__epochs=500)]
+    with (tmp_path / "log.txt").open("w+") as log:
+        launcher = subprocess.Popen(
+            [*TORCHRUN, str(script), *arguments], env=environment() | STORE, stdout=log, stderr=log
+        )
+        found: dict[str, str] = {}
+        try:
+            for _ in range(600):
+                text = (tmp_path / "log.txt").read_text()
+                found = dict(re.findall(r"rank (\d) (\d+)", text))
+                if len(found) == 2 or launcher.poll() is not None:
+                    break
+                time.sleep(0.1)
+            assert len(found) == 2, text
+            launcher.kill()
+            launcher.wait()
+            for _ in range(50):
+                alive = [pid for pid in found.values() if running(int(pid))]
+                if not alive:
+                    break
+                time.sleep(0.1)
+            assert alive == []
+        finally:
+            launcher.kill()
+            for pid in found.values():
+                if running(int(pid)):
+                    os.kill(int(pid), signal.SIGKILL)
+
+
+def running(pid: int) -> bool:
+    done = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()[:1] not in ("", "Z")
 
 
 def test_processes_that_cannot_share(

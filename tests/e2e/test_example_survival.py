@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 
 import cv_classification.train as training
 from cv_classification.__main__ import main
+from cv_classification.lock import locked
 from portable_amp import StateWarning, load_checkpoint
 from portable_amp.testing import play
 
@@ -115,6 +117,68 @@ def test_workers_leave_ctrl_c_to_the_trainer(settings: Settings, tmp_path: Path)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert load_checkpoint(tmp_path / "run/last.pt")["progress"]["updates"] == 2
+
+
+SLOW = """
+import sys, time
+import cv_classification.train as training
+from cv_classification.__main__ import main
+usual = training.take_step
+def take_step(*args):
+    print("step", flush=True)
+    time.sleep(600)
+    return usual(*args)
+training.take_step = take_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_trainings_do_not_share_a_folder(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(locked, "__defaults__", (0.5,))
+    first = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SLOW, "train", *settings(data__workers=1)],
+        env=environment(), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert first.stdout is not None
+        assert any(line.startswith("step") for line in first.stdout)
+        writing = tmp_path / "run/.last.pt.00.tmp"
+        writing.touch()
+        for more in ((), ("--resume", "auto")):
+            assert main(["train", *more, *settings()]) == 2
+            said = capsys.readouterr().err
+            assert said == (
+                f"'{tmp_path / 'run'}' is in use: process {first.pid} on {socket.gethostname()} "
+                "trains\n"
+            )
+        assert main(["train", *settings(data__folds=2, output=tmp_path / "run")]) == 2
+        assert writing.exists()
+    finally:
+        first.kill()
+        first.communicate()
+    assert main(["train", *settings()]) == 0  # a lock dies with its process, but for its name
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_what_a_refusal_locked_is_as_it_was(settings: Settings, tiny: Path, tmp_path: Path) -> None:
+    (tiny / "train.csv").write_text("ID,target\n")
+    assert main(["train", *settings(output=tmp_path / "new/deep/run")]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_killed_processes_left_is_removed(settings: Settings, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *settings(train__epochs=1)]) == 0
+    names = [".submission.csv.00.tmp", ".report.html.00.tmp", ".other.csv.00.tmp"]
+    for name in names:
+        (run / name).touch()
+        os.utime(run / name, (0, 0))
+    (run / ".submission.csv.01.tmp").touch()  # a living one's
+    assert main(["predict", str(run)]) == main(["report", str(run)]) == 0
+    assert sorted(path.name for path in run.glob(".*")) == [names[2], ".submission.csv.01.tmp"]
 
 
 @pytest.fixture
