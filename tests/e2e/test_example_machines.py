@@ -42,3 +42,9 @@ def test_training_with_live_tensors(key: str, settings: Settings, tmp_path: Path
         check(played, tmp_path / "run")
         assert played.memory.peak > 0
         assert main(["evaluate", str(tmp_path / "run" / "best.pt")]) == 0
+
+
+def test_an_average_is_kept_on_a_live_device(settings: Settings, tmp_path: Path) -> None:
+    with play("a100", live=True) as played:
+        assert main(["train", *settings(**EVERYWHERE, train__ema=0.9)]) == 0
+        check(played, tmp_path / "run")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Fakes = Iterable[tuple[Any, str, Any]]
 """Owner, name of the attribute, what stands there while the machine is played."""
 
+_Generator = torch.Generator  # the real one, also where one machine plays within another
+
 # Where torch says whether the device is there, for the kinds that are part of torch.
 _ASKED_AT = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
 
@@ -35,6 +37,7 @@ def fakes(played: Played) -> Fakes:
     yield from _accelerator(played)
     yield from _loading(played)
     yield torch, "compile", _compile(played)
+    yield torch, "Generator", _generator(played)
 
 
 def _registered() -> list[Any]:
@@ -322,6 +325,30 @@ def _loading(played: Played) -> Fakes:
 
     yield torch.utils.data.DataLoader, "__iter__", iterate
     yield torch, "load", load
+
+
+def _generator(played: Played) -> type[torch.Generator]:
+    """torch.Generator, for the played device too; the CPU draws, as it computes all numbers."""
+
+    class AlsoReal(type(_Generator)):  # type: ignore[misc]
+        def __instancecheck__(cls, made: Any) -> bool:
+            return isinstance(made, _Generator)
+
+    class Generator(_Generator, metaclass=AlsoReal):
+        """A generator that says it is on the played device."""
+
+        def __new__(cls, device: Any = "cpu") -> Any:
+            if not played.owns(device):
+                return _Generator(device)
+            made: Any = _Generator.__new__(cls, "cpu")
+            made.place = played.place(device)
+            return made
+
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return self.place.device
+
+    return Generator
 
 
 def _compile(played: Played) -> Callable[..., Any]:
