@@ -52,16 +52,24 @@ class Loss(nn.Module):
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """See the class."""
+        loss, mass = self.sums(logits, targets)
+        return loss / mass
+
+    def sums(
+        self, logits: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean's numerator and denominator, which add up over the parts of a batch."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = self.weights.to(logits.dtype)
         soft = targets.is_floating_point()
         if not soft and not self.gamma:
-            return F.cross_entropy(logits, targets, weights, label_smoothing=self.smoothing)
+            options: Any = {"label_smoothing": self.smoothing, "reduction": "sum"}
+            return F.cross_entropy(logits, targets, weights, **options), weights[targets].sum()
         shares = (targets if soft else F.one_hot(targets, len(weights))).to(logits.dtype)
         smooth = shares * (1 - self.smoothing) + self.smoothing / len(weights)
         logs = logits.log_softmax(-1)
         missing = (-logs.expm1()).clamp_min(1e-12)  # at 0 the power may be infinitely steep
-        return -(smooth * weights * missing**self.gamma * logs).sum() / (shares * weights).sum()
+        return -(smooth * weights * missing**self.gamma * logs).sum(), (shares * weights).sum()
 
 
 def make_loss(config: TrainConfig, labels: Sequence[int], classes: int) -> Loss:

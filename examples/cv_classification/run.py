@@ -16,7 +16,7 @@ from cv_classification import parallel
 from cv_classification.config import Config, InputError, check_same_run
 from cv_classification.images import Split
 from cv_classification.model import Classifier, describe, load_weights, read_state, understood
-from cv_classification.optimize import Schedule, alike
+from cv_classification.optimize import Loss, Schedule, alike
 from cv_classification.tracking import Row
 from portable_amp import (
     CheckpointError,
@@ -64,7 +64,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: ScalerShim
-    criterion: nn.Module
+    criterion: Loss
     ema: ModelEmaV3 | None
     progress: Progress = field(default_factory=Progress)
     group: int = 1
@@ -78,13 +78,18 @@ class Run:
     def forward_backward(
         self, part: tuple[torch.Tensor, torch.Tensor], weight: float
     ) -> Callable[[], torch.Tensor]:
-        """Add up the gradients of a batch, or of a part with its `weight`; what gives its loss."""
+        """Add up the gradients of a batch, or of a part with its `weight`, as if all weighed alike.
+
+        What it returns gives the loss's numerator and denominator (2,); `take_step` divides.
+        """
         images, targets = part
         with self.ctx.autocast():
             logits = self.net(images)
-        loss: torch.Tensor = self.criterion(logits, targets) * (weight / self.group)
-        seen = self.ctx.fetch(loss)  # before the backward pass, which nobody has to wait for then
-        self.scaler.scale(loss).backward()
+        loss, mass = self.criterion.sums(logits, targets)
+        seen = self.ctx.fetch(
+            torch.stack([loss.detach(), mass])
+        )  # before the backward pass, which nobody has to wait for then
+        self.scaler.scale(loss * (weight / len(images) / self.group)).backward()
         return seen
 
     def save(self, name: str = "last.pt", *, best: bool = False) -> None:

@@ -192,9 +192,10 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
             continue
 
         world, stop = ranks().world_size, bool(interruptions.asked)
-        loss = sum(seen().item() for seen in losses)
-        everywhere, asked = parallel.total(loss / world, float(stop), device=ctx.device)
-        if take_step(run, everywhere, names):
+        # Class weights are shared by all images of the step, whichever part each came in.
+        loss, mass = torch.stack([seen() for seen in losses]).sum(0).tolist()
+        loss, mass, asked = parallel.total(loss, mass, float(stop), device=ctx.device)
+        if take_step(run, loss / mass, names, world * len(names) / mass):
             progress.updates += 1
             run.schedule.step(progress.updates)
             if run.ema:
@@ -206,8 +207,10 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
             interruptions.release(signal.SIGTERM)
 
 
-def take_step(run: Run, loss: float, names: list[int]) -> bool:
+def take_step(run: Run, loss: float, names: list[int], factor: float) -> bool:
     """One optimizer step, if the loss is finite, and the scaler finds the gradients so.
+
+    `factor` makes of the gradients of a plain mean those of the weighted one.
 
     Raises:
         InputError: it was not finite too many times in a row.
@@ -230,6 +233,9 @@ def take_step(run: Run, loss: float, names: list[int]) -> bool:
         if not scaler.is_enabled():  # an enabled one finds it by itself, and lowers the scale
             run.optimizer.zero_grad()
             return False
+    if factor != 1:
+        grads = [one.grad for one in run.net.parameters() if one.grad is not None]
+        torch._foreach_mul_(grads, factor)
     if settings.max_norm is not None:
         scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.net.parameters(), settings.max_norm)

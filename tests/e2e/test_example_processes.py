@@ -21,6 +21,7 @@ from cv_classification.config import Config
 from cv_classification.images import Draws, evaluation_draws
 from portable_amp import Ranks, load_checkpoint
 
+from . import test_example_training as training
 from .survivor import compare
 from .test_example_survival import NO_BATCH_NORM, environment
 
@@ -94,6 +95,33 @@ def test_two_processes_train_as_one(sharded: str, settings: Settings, tmp_path: 
     assert said.count("18 images to train on, 6 to validate") == 1
     assert_close(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two/report.html").is_file()
+
+
+STEP = """
+import sys, torch
+from torch.nn.parallel import DistributedDataParallel
+from e2e import test_example_training as training
+torch.manual_seed(0)
+model, parts = training.Linear(), training.linear_batches(2)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+net = DistributedDataParallel(model)
+training.run_epoch(net, parts[rank : rank + 1], training.CPU.scaler(), **training.WEIGHED)
+if rank == 0:
+    torch.save(model.state_dict(), sys.argv[1])
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_take_the_mean_over_both(tmp_path: Path) -> None:
+    (tmp_path / "step.py").write_text(STEP)
+    torchrun(str(tmp_path / "step.py"), str(tmp_path / "two.pt"))
+    torch.manual_seed(0)
+    model, parts = training.Linear(), training.linear_batches(2)
+    whole = [tuple(torch.cat(column) for column in zip(*parts, strict=True))]
+    training.run_epoch(model, whole, training.CPU.scaler(), **training.WEIGHED)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    torch.testing.assert_close(two, model.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_killed_worker_is_brought_back(settings: Settings, tmp_path: Path) -> None:

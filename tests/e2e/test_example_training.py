@@ -24,7 +24,7 @@ from cv_classification.interrupt import Interruptions
 from cv_classification.model import load_trained
 from cv_classification.run import Progress, Run
 from cv_classification.tta import predict_samples, probabilities
-from portable_amp import DeviceContext, ScalerShim, load_checkpoint, tuning
+from portable_amp import DeviceContext, ScalerShim, load_checkpoint, split_on_oom, tuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +73,7 @@ def run_epoch(
     samples = [Sample(f"{index}.png", Path(f"{index}.png")) for index in range(5)]
     data = Split(samples, [], Classes((0, 1, 2), ("a", "b", "c")), "", None)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.train.lr)
-    criterion = training.make_loss(config.train, [0, 1, 2], 3)
+    criterion = training.make_loss(config.train, [0] * 6 + [1] * 3 + [2], 3)
     run = Run(config, CPU, data, model, model, optimizer, schedule, scaler, criterion, None)
     training.train_epoch(run, batches, Interruptions())
     return run.progress, schedule.seen
@@ -103,6 +103,48 @@ def test_accumulated_steps_are_those_of_the_large_batch(count: int, accumulate: 
     assert progress.loss == pytest.approx(sum(losses))
     assert progress.updates == progress.finite == len(seen) == -(-count // accumulate)
     assert progress.batches == count
+
+
+WEIGHED = {"class_weights": "balanced", "label_smoothing": 0.1, "lr": 1.0, "optimizer": "SGD"}
+WEIGHED["weight_decay"] = 0.0
+
+
+def shares(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As mixup leaves them, but the same however the batch is cut."""
+    one_hot = nn.functional.one_hot(labels, 3).float()
+    return images, 0.7 * one_hot + 0.3 * torch.tensor([0.0, 0.2, 0.8])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal"])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("way", ["parts", "accumulated", "parts of accumulated"])
+def test_a_mean_is_over_all_that_a_step_sees(
+    way: str, mixed: bool, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Linear()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parts = linear_batches(2, 6)
+    whole = [tuple(torch.cat(column) for column in zip(*parts, strict=True))]
+    data = parts if "accumulated" in way else whole
+    if mixed:
+        monkeypatch.setattr(training, "make_mixup", lambda *args: shares)
+    images, labels, _ = whole[0]
+    criterion = training.make_loss(TrainConfig(loss=loss, **WEIGHED), [0] * 6 + [1] * 3 + [2], 3)
+    reference = Linear().train()
+    reference.load_state_dict(before)
+    images, targets = shares(images, labels) if mixed else (images, labels)
+    value = criterion(reference(images), targets)
+    value.backward()
+
+    def cut(*args: Any, **options: Any) -> Any:
+        return split_on_oom(*args, size=4 if "parts" in way else None, **options)
+
+    monkeypatch.setattr(training, "split_on_oom", cut)
+    progress, _ = run_epoch(model, data, CPU.scaler(), accumulate=len(data), loss=loss, **WEIGHED)
+    for name, parameter in reference.named_parameters():
+        moved = before[name] - model.state_dict()[name]
+        torch.testing.assert_close(moved, parameter.grad, rtol=1e-5, atol=1e-6)
+    assert progress.loss == pytest.approx(value.item(), rel=1e-5)
 
 
 def test_gradients_are_clipped() -> None:

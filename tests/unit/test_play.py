@@ -359,7 +359,7 @@ def test_a_generator_is_of_the_played_device(live: bool) -> None:
         assert isinstance(before, torch.Generator)
         drawn = torch.zeros(4, device="cuda").uniform_(generator=generator).cpu()
         assert torch.Generator().device == torch.device("cpu")
-        with pytest.raises(RuntimeError, match="(?i)mps"):
+        with pytest.raises(RuntimeError, match=r"(?i)mps"):
             torch.Generator("mps")
     assert torch.Generator is real
     assert torch.equal(drawn, torch.zeros(4).uniform_(generator=before.manual_seed(3)))
