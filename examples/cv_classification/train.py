@@ -101,6 +101,7 @@ def train_one(config: Config, ctx: DeviceContext, *, resume: bool, skip_bad: boo
     labels = [sample.label for sample in data.train]
     draws = Draws(labels, stages, config)
     batches = make_loader(ImageDataset(data.train, transform, data.cache), draws, ctx, config)
+    check_batch(min(batches.batch_size or 1, len(draws)), model, config)
     views = config.train.validation_views
     held_out = make_loader(
         ImageDataset(data.validation, transform, data.cache),
@@ -243,6 +244,22 @@ def take_step(run: Run, loss: float, names: list[int], factor: float) -> bool:
     scaler.update()
     run.optimizer.zero_grad()
     return scaler.last_step is not None and scaler.last_step.stepped
+
+
+def check_batch(size: int, model: nn.Module, config: Config) -> None:
+    """See that the batches of a process, which may have fewer images than one, can be trained on.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if (config.data.mixup or config.data.cutmix) and size % 2:
+        raise InputError(f"data.mixup, data.cutmix: pair images, and a batch would have {size}")
+    norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    if size == 1 and any(norm.training for norm in norms):
+        raise InputError(
+            f"data.batch_size={config.data.batch_size}: a batch would have 1 image, and BatchNorm, "
+            "which the model trains, compares 2 or more"
+        )
 
 
 def tell(text: str) -> None:

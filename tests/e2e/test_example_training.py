@@ -423,6 +423,23 @@ def test_a_short_run_is_not_judged_by_its_first_weights(decay: float, resumed: b
     assert average.module.weight.item() > 0.9
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"data__mixup": 0.4, "data__batch_size": 64, "data__validation": 0.2}, "pair images"),
+        ({"data__batch_size": 1}, "BatchNorm"),
+    ],
+)
+def test_batches_that_cannot_be_trained_on(
+    more: dict[str, Any], said: str, settings: Settings, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(["train", *settings(**more)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_mixup_and_focal_loss_train(settings: Settings, tmp_path: Path) -> None:
     chosen = settings(
         data__mixup=0.4, data__cutmix=1.0, train__loss="focal", train__class_weights="balanced",
