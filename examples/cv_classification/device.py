@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from cv_classification.config import Config
+from cv_classification.config import Config, InputError
 from cv_classification.model import Classifier, Ensemble
 from portable_amp import DeviceContext, ranks
 
@@ -34,3 +35,19 @@ def tuned(ctx: DeviceContext, model: Classifier | Ensemble, config: Config) -> D
         mode = "training" if model.training else "prediction"
         print(f"{mode}: {made.plan.name}, {made.plan.memory_format}, {made.plan.reason}")
     return made
+
+
+def check_batch(size: int, model: nn.Module, config: Config) -> None:
+    """See that the batches of a process, which may have fewer images than one, can be trained on.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if (config.data.mixup or config.data.cutmix) and size % 2:
+        raise InputError(f"data.mixup, data.cutmix: pair images, and a batch would have {size}")
+    norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    if size == 1 and any(norm.training for norm in norms):
+        raise InputError(
+            f"data.batch_size={config.data.batch_size}: a batch would have 1 image, and BatchNorm, "
+            "which the model trains, compares 2 or more"
+        )

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cv_classification import parallel
 from cv_classification.augment import Transform, find_preset
 from cv_classification.config import Config, InputError, check_folder
-from cv_classification.device import make_context, tuned
+from cv_classification.device import check_batch, make_context, tuned
 from cv_classification.evaluate import picture
 from cv_classification.images import (
     Batches,
@@ -244,22 +244,6 @@ def take_step(run: Run, loss: float, names: list[int], factor: float) -> bool:
     scaler.update()
     run.optimizer.zero_grad()
     return scaler.last_step is not None and scaler.last_step.stepped
-
-
-def check_batch(size: int, model: nn.Module, config: Config) -> None:
-    """See that the batches of a process, which may have fewer images than one, can be trained on.
-
-    Raises:
-        InputError: they cannot.
-    """
-    if (config.data.mixup or config.data.cutmix) and size % 2:
-        raise InputError(f"data.mixup, data.cutmix: pair images, and a batch would have {size}")
-    norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
-    if size == 1 and any(norm.training for norm in norms):
-        raise InputError(
-            f"data.batch_size={config.data.batch_size}: a batch would have 1 image, and BatchNorm, "
-            "which the model trains, compares 2 or more"
-        )
 
 
 def tell(text: str) -> None:
