@@ -127,6 +127,12 @@ def total(*values: float, device: torch.device) -> list[float]:
     return sums
 
 
+def tell(text: str) -> None:
+    """Print it once, however many processes there are."""
+    if ranks().is_main:
+        print(text, flush=True)
+
+
 def leave() -> None:
     """Take leave of the other processes."""
     if distributed.is_initialized():

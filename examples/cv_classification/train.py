@@ -39,6 +39,7 @@ from cv_classification.optimize import (
     make_optimizer,
     make_schedule,
 )
+from cv_classification.parallel import tell
 from cv_classification.run import ADVICE, WAY_BACK, Run
 from cv_classification.tracking import Row, Tracker, check_tracking
 from cv_classification.tta import predict_samples, probabilities
@@ -244,12 +245,6 @@ def take_step(run: Run, loss: float, names: list[int], factor: float) -> bool:
     scaler.update()
     run.optimizer.zero_grad()
     return scaler.last_step is not None and scaler.last_step.stepped
-
-
-def tell(text: str) -> None:
-    """Print it once, however many processes there are."""
-    if ranks().is_main:
-        print(text, flush=True)
 
 
 def check(config: Config, *, resume: str = "") -> DeviceContext:
