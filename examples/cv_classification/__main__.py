@@ -38,7 +38,7 @@ COMMANDS = {
     "report": "write report.html: curves, confusions, the images that are taken for others",
     "demo": "write images, train, predict, and score: the whole pipeline in some minutes",
 }
-LOGGERS = ("portable_amp", "py.warnings")
+LOGGERS = ("portable_amp", "py.warnings", "timm")
 SETTING = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 INT: dict[str, Any] = {"type": int, "default": 0}
 COUNT: dict[str, Any] = {"type": check_count, "default": 0}

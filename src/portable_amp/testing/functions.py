@@ -337,16 +337,19 @@ def _generator(played: Played) -> type[torch.Generator]:
     class Generator(_Generator, metaclass=AlsoReal):
         """A generator that says it is on the played device."""
 
+        place: Any
+
         def __new__(cls, device: Any = "cpu") -> Any:
             if not played.owns(device):
                 return _Generator(device)
-            made: Any = _Generator.__new__(cls, "cpu")
+            made: Any = _Generator.__new__(cls, "cpu")  # type: ignore[call-arg]
             made.place = played.place(device)
             return made
 
         @property
         def device(self) -> torch.device:  # type: ignore[override]
-            return self.place.device
+            where: torch.device = self.place.device
+            return where
 
     return Generator
 
