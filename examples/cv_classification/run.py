@@ -141,6 +141,8 @@ class Run:
         check_same_run(state["config"], self.config)
         if state["split"] != self.data.digest:
             raise InputError(f"{self.config.data.path} has changed since {str(path)!r} was written")
+        if [tuple(part) for part in state["classes"]] != [*self.data.classes]:
+            raise ValueError("its classes are others")
         progress = TypeAdapter(Progress).validate_python(state["progress"])
         if state["progress"].keys() != asdict(progress).keys():
             raise ValueError("its progress is not told")
