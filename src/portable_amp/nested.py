@@ -173,7 +173,7 @@ def _rebuilt(change: Callable[[Any], Any], value: Any) -> Any:
             return content
         if not isinstance(value, MutableMapping):
             return _made(value, content)
-        made = copy.copy(value)  # it keeps a default factory, and what else it is made with
+        made = _copied(value)  # it keeps a default factory, and what else it is made with
         for key, item in content.items():
             made[key] = item
         return made
@@ -181,7 +181,7 @@ def _rebuilt(change: Callable[[Any], Any], value: Any) -> Any:
         items = [_map(change, item) for item in value]
         if type(value) is list:
             return items
-        row: Any = copy.copy(value)
+        row = _copied(value)
         for at, item in enumerate(items):
             row[at] = item
         return row
@@ -196,6 +196,19 @@ def _rebuilt(change: Callable[[Any], Any], value: Any) -> Any:
                 object.__setattr__(made, name, _map(change, getattr(value, name)))
         return made
     return value
+
+
+def _copied(value: Any) -> Any:
+    """A copy to write into. What it keeps its content in is copied, too, or both would change."""
+    made = copy.copy(value)
+    if isinstance(value, (dict, list)):  # its content is its own
+        return made
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    for name in (*getattr(made, "__dict__", ()), *slots):
+        held = getattr(made, name, None)
+        if isinstance(held, (MutableMapping, MutableSequence)):
+            object.__setattr__(made, name, copy.copy(held))
+    return made
 
 
 def _made(like: Any, content: Any) -> Any:

@@ -8,7 +8,7 @@ import threading
 import types
 import warnings
 from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping, MutableSequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from portable_amp import DeviceContext, PrecisionFallbackWarning
-from portable_amp.nested import held_by, tensors_in
+from portable_amp.nested import held_by, slice_of, tensors_in
 from portable_amp.notices import forget as forget_notices
 from portable_amp.testing import play, shadow
 from portable_amp.transfer import to_device
@@ -195,6 +195,59 @@ def test_what_containers_have_besides_their_content_is_kept() -> None:
     assert moved["sparse"].is_sparse
     thing = object()
     assert DeviceContext("cpu").to({"a": (1, 2.5, None, "s", thing)})["a"][4] is thing
+
+
+class Fields(MutableMapping):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        self.content: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.content[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.content[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+class Row(MutableSequence):  # type: ignore[type-arg]
+    __slots__ = ("content",)
+
+    def __init__(self) -> None:
+        self.content: list[Any] = []
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.content[at]
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        self.content[at] = value
+
+    def __delitem__(self, at: Any) -> None:
+        del self.content[at]
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def insert(self, index: int, value: Any) -> None:
+        self.content.insert(index, value)
+
+
+def test_the_batch_that_was_given_stays_as_it_was() -> None:
+    fields, row, x = Fields(), Row(), torch.arange(4)
+    fields["x"] = x
+    row.append(x)
+    for batch, at in ((fields, "x"), (row, 0)):
+        part: Any = slice_of(batch, 0, 2)
+        assert type(part) is type(batch)
+        assert part[at].tolist() == [0, 1]
+        assert batch[at] is x  # type: ignore[index]
 
 
 def test_what_stays_behind_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
