@@ -238,7 +238,8 @@ class ScalerShim(torch.amp.GradScaler):
 
         Raises:
             TypeError: the optimizer's step needs a closure.
-            RuntimeError: the parameters hold gradients that may be of another optimizer's loss.
+            RuntimeError: the parameters hold gradients that may be of another optimizer's loss, or
+                that `unscale_` has unscaled.
 
         >>> weight = torch.ones(2, requires_grad=True)
         >>> scaler = ScalerShim("cpu")
@@ -253,6 +254,11 @@ class ScalerShim(torch.amp.GradScaler):
             )
         if self._enabled:
             self._begin(optimizer)
+            if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED:
+                raise RuntimeError(
+                    "unscale_() has been called on this optimizer since the last update(), and "
+                    "the gradients of this loss would stay scaled: backward_step unscales itself"
+                )
         others = self._gradients_of_others(optimizer)
         for parameter, _ in others:
             parameter.grad = None
@@ -267,7 +273,9 @@ class ScalerShim(torch.amp.GradScaler):
             max_norm = math.inf
         if max_norm is not None:
             self.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
+            # The norm of finite gradients may be infinite, and inf / inf would make them NaN.
+            most = min(max_norm, torch.finfo(torch.float32).max)
+            norm = torch.nn.utils.clip_grad_norm_(_parameters(optimizer), most)
         if self._enabled:
             self.step(optimizer)
             self._update_is_due = True

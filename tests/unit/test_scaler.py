@@ -630,6 +630,20 @@ def test_gradients_that_another_loss_may_have_left_are_refused(on: bool) -> None
     scaler.backward_step(ours.loss("d"), ours.optimizers["d"])
 
 
+def test_gradients_that_were_unscaled_by_hand_are_refused() -> None:
+    w, scaler = weight(), enabled()
+    optimizer = sgd(w)
+    scaler.scale(w.sum()).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) has been called"):
+        scaler.backward_step(w.sum(), optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert scaler.backward_step(w.sum(), optimizer).stepped
+    assert w.tolist() == [0.0, 1.0]
+
+
 def test_one_optimizer_may_take_over_from_another() -> None:
     w, scaler = weight(), enabled()
     scaler.backward_step(w.sum(), sgd(w))
@@ -717,6 +731,14 @@ def test_skipping_does_not_change_gradients() -> None:
     w, scaler = weight(), ScalerShim("cpu")
     scaler.backward_step((w * 100).sum(), sgd(w), skip_nonfinite=True)
     assert w.tolist() == [-49.0, -48.0]
+
+
+@pytest.mark.parametrize("options", [{"skip_nonfinite": True}, {"max_norm": INF}])
+def test_finite_gradients_of_an_infinite_norm_do_not_become_nan(options: dict[str, Any]) -> None:
+    w = weight()
+    result = enabled().backward_step((w * 3e19).sum(), sgd(w), **options)
+    assert result.grad_norm == INF
+    assert w.isfinite().all()
 
 
 def test_a_step_on_gradients_that_are_not_finite_is_taken_if_told() -> None:
