@@ -175,6 +175,7 @@ def split_on_oom(
         (one, name, buffer, buffer.clone())
         for one in trained
         for name, buffer in one.named_buffers(recurse=False)
+        if not torch.nn.parameter.is_lazy(buffer)
     ]
     leaves = [leaf for leaf in parameters if leaf.requires_grad]
     before = [leaf.grad for leaf in leaves]

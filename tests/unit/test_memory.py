@@ -408,6 +408,30 @@ def test_statistics_of_a_pass_that_failed_are_undone(training: bool) -> None:
     assert all(torch.equal(value, state[name]) for name, value in norm.state_dict().items())
 
 
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.lazy = torch.nn.LazyBatchNorm1d()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = self.seen + len(x)
+        made: torch.Tensor = self.lazy(x)
+        return made
+
+
+def test_a_buffer_that_is_replaced_is_undone_and_a_lazy_one_is_no_error() -> None:
+    model = Counting()
+
+    def step(part: torch.Tensor, weight: float) -> None:
+        (weight * model(part).sum()).backward()
+        if len(part) > 4:
+            raise MemoryError
+
+    split_on_oom(step, torch.randn(8, 3), parameters=model)
+    assert model.seen.item() == 8
+
+
 def test_the_cache_is_cleared_before_each_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Any] = []
     monkeypatch.setattr(memory, "clear_cache", done.append)
