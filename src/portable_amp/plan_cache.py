@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -103,6 +104,8 @@ def _computes(module: torch.nn.Module) -> tuple[Any, ...]:
 
 def _code(function: Any) -> tuple[Any, ...]:
     """Which function it is, and what it does, as far as Python tells."""
+    if isinstance(function, functools.partial):
+        return *_code(function.func), repr(function.args), repr(function.keywords)
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     told = (code.co_code.hex(), code.co_names, repr(code.co_consts)) if code else ()

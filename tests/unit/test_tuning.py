@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -845,6 +846,15 @@ def test_the_key_is_that_of_the_same_model_in_another_process() -> None:
     )  # fmt: skip
     if torch.get_num_threads() == 1 or "OMP_NUM_THREADS" not in os.environ:
         assert told.stdout.strip() == key() == key()
+
+
+def test_the_key_has_what_a_partial_loss_calls_and_with_what() -> None:
+    def scaled(model: nn.Module, batch: Any, by: float) -> torch.Tensor:
+        return mean_square(model, batch) * by
+
+    losses = [functools.partial(scaled, by=by) for by in (1.0, 2.0)]
+    losses += [functools.partial(one) for one in (mean_square, other_loss)]
+    assert len({key(loss=one) for one in losses}) == 4
 
 
 @pytest.mark.parametrize("part", CHANGES)
