@@ -223,7 +223,8 @@ class ScalerShim(torch.amp.GradScaler):
 
         The gradients of other optimizers that were given to it stay as they are, though the loss
         may depend on their parameters, too. The scale is updated once all have stepped: before the
-        first loss of the next iteration, or when somebody looks at it.
+        first loss of the next iteration, or when somebody looks at it. Gradients that another
+        optimizer accumulates by hand meanwhile would have two scales.
 
         Args:
             loss: scalar, any float dtype, on the model's device.

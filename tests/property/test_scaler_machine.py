@@ -181,6 +181,9 @@ class Training:
         self, which: int, factor: float, max_norm: float | None, of_both: bool
     ) -> tuple[Any, ...]:
         """What `ScalerShim.backward_step` is short for, but for the update."""
+        state = getattr(self.scaler, "_per_optimizer_states", {}).get(id(self.optimizers[which]))
+        if state and state["stage"] is OptState.UNSCALED:
+            raise RuntimeError("the gradients of this loss would stay scaled")
         scale, norm, optimizer = self.scaler.get_scale(), None, self.optimizers[which]
         if optimizer not in self.known:
             held = any(weight.grad is not None for weight in self.weights[which])
