@@ -255,7 +255,9 @@ class ScalerShim(torch.amp.GradScaler):
             )
         if self._enabled:
             self._begin(optimizer)
-            if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED:
+            # By `get`: the dict of torch makes what it is asked for.
+            state = self._per_optimizer_states.get(id(optimizer))
+            if state and state["stage"] is OptState.UNSCALED:
                 raise RuntimeError(
                     "unscale_() has been called on this optimizer since the last update(), and "
                     "the gradients of this loss would stay scaled: backward_step unscales itself"
