@@ -185,9 +185,10 @@ def what_is_tested() -> str:
         f"Commit {told['commit']}, {told['date']}, {told['machine']}, Python {told['python']},\n"
         f"torch {told['torch']}, cosmic-ray {told['cosmic-ray']}:"
     )
+    found = f"{made}\n\n{table(head, rows)}" if modules else "No module has been counted so far."
     before, begin, rest = (DOCS / TESTED).read_text("utf-8").partition("<!-- faults -->\n")
     _, end, behind = rest.partition("<!-- end of faults -->")
-    return (before + begin + made + "\n\n" + table(head, rows) + "\n\n" + end + behind).rstrip("\n")
+    return (before + begin + found + "\n\n" + end + behind).rstrip("\n")
 
 
 def explained_faults() -> str:
