@@ -378,9 +378,9 @@ CASES = {
     # Checkpoints.
     "no checkpoint": Case("evaluate {root}/no.pt", "there is no checkpoint"),
     "run without checkpoints": Case("predict {root}/data", "there is no checkpoint"),
-    "nothing to resume": Case(f"{TRAIN} --resume", "there is no checkpoint"),
+    "nothing to resume": Case(f"{TRAIN} --resume", "holds no run to resume"),
     "nothing to resume from": Case(
-        f"{TRAIN} output={{root}}/run --resume", "has no 'optimizer'",
+        f"{TRAIN} output={{root}}/run --resume", "it has no 'ema'",
         lambda root: shutil.copy(root / "run/best.pt", root / "run/last.pt"),
     ),
     "truncated checkpoint": Case(EVALUATE, "truncated, damaged", truncate("run/best.pt")),

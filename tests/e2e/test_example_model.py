@@ -171,7 +171,7 @@ def test_weights_for_as_many_classes_as_timm_has(files: dict[str, Path]) -> None
 def test_weights_that_are_not_its_own_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
     state = torch.load(files["test_resnet"], weights_only=True)
     lacking = {name: value for name, value in state.items() if not name.startswith("layer3.")}
-    ours = {"model": {f"net.{name}": value for name, value in state.items()}}
+    ours = {"model": {f"net.{name}": value for name, value in lacking.items()}}
     vit = torch.load(files["test_vit"], weights_only=True)
     for index, content in enumerate((lacking, ours, vit)):
         path = tmp_path / f"{index}.pt"

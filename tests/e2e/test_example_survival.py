@@ -280,10 +280,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, updates: Callable[[int], bool]) -> No
             super().__init__()
             self.usual, self.calls = make_loss(*args), 0
 
-        def forward(self, *args: Any) -> torch.Tensor:
+        def sums(self, *args: Any) -> Any:
             self.calls += 1
-            loss: torch.Tensor = self.usual(*args)
-            return loss * torch.nan if updates(self.calls) else loss
+            loss, mass = self.usual.sums(*args)
+            return (loss * torch.nan if updates(self.calls) else loss), mass
 
     monkeypatch.setattr(training, "make_loss", Spoilt)
 
