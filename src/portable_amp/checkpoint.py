@@ -263,7 +263,8 @@ def _key(key: Any, where: str) -> Any:
 def _plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
     try:
         plain = value.detach()
-        if type(plain).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        is_subclass = type(plain) is not torch.Tensor
+        if is_subclass and type(plain).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
             plain = plain.as_subclass(torch.Tensor)
         # Others hold something else than their own numbers, and write themselves; or fail to.
     except Exception as error:

@@ -929,7 +929,7 @@ for name, value in (
 ):
     where = torch.backends
     for part in filter(None, name.split(".")):
-        where = getattr(where, part)
+        where = getattr(where, part, None)
     if hasattr(where, "fp32_precision"):
         where.fp32_precision = value
         seen.append(numeric_modes())
