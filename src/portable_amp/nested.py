@@ -31,19 +31,24 @@ def map_tensors(
     Raises:
         ValueError: it contains itself.
     """
+    try:
+        return _mapped(change, value, whole, other)
+    except RecursionError:
+        raise ValueError("a batch that contains itself has no end") from None
+
+
+def _mapped(
+    change: Callable[[torch.Tensor], Any],
+    value: Any,
+    whole: Callable[[Any], Any] | None,
+    other: Callable[[Any], None] | None,
+) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) in (tuple, list):  # what most batches are, in every step
-        try:
-            return type(value)([map_tensors(change, item, whole, other) for item in value])
-        except RecursionError:
-            raise ValueError("a batch that contains itself has no end") from None
+        return type(value)([_mapped(change, item, whole, other) for item in value])
     if type(value) is dict:
-        try:
-            return {key: map_tensors(change, item, whole, other) for key, item in value.items()}
-        except RecursionError:
-            raise ValueError("a batch that contains itself has no end") from None
-
+        return {key: _mapped(change, item, whole, other) for key, item in value.items()}
     if type(value) in (str, int, float, bool):
         return value
 
@@ -151,10 +156,7 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
         return changed
     if isinstance(value, _PLAIN):
         return value
-    try:
-        return _rebuilt(change, value)
-    except RecursionError:
-        raise ValueError("a batch that contains itself has no end") from None
+    return _rebuilt(change, value)
 
 
 def _rebuilt(change: Callable[[Any], Any], value: Any) -> Any:
