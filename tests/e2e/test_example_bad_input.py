@@ -25,6 +25,7 @@ from cv_classification.tracking import Tracker, check_tracking
 from portable_amp import load_checkpoint, save_checkpoint
 
 from .conftest import MODEL, write_csv, write_image, write_tiny
+from .test_example_survival import environment
 
 Change = Callable[[Path], object]
 
@@ -585,8 +586,8 @@ def test_a_device_and_standard_output_are_written_to(to: str, root: Path) -> Non
     command = [sys.executable, "-m", "cv_classification", "predict", f"{root}/run"]
     with (root / "out").open("wb") as file:
         done = subprocess.run(
-            [*command, "--output", output, "device=cpu"], check=False, stderr=subprocess.PIPE,
-            stdout=file if to == "file" else subprocess.PIPE,
+            [*command, "--output", output, "device=cpu"], env=environment(), check=False,
+            stdout=file if to == "file" else subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
     said = (root / "out").read_bytes() if to == "file" else done.stdout
@@ -649,7 +650,7 @@ def test_a_name_that_no_terminal_shows_is_trained_on(root: Path) -> None:
     argv = TRAIN.replace("{root}/data", "{root}/folders").replace("{root}", str(root))
     command = [sys.executable, "-m", "cv_classification", *argv.split(), "train.epochs=1"]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
+        command, env=environment() | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert (root / "new/report.html").read_text("utf-8").count("caf?")
