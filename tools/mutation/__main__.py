@@ -237,7 +237,7 @@ class Module:
         if word == "killed" and "::" in test:
             file = ROOT / test.split("::")[0]
             return test in self.tests and digest(file) == old["stamp"]
-        return old["stamp"] == self.stamp
+        return old["stamp"] == self.stamp and old["seconds"] >= self.seconds
 
     def request(self, fault: Fault) -> dict[str, Any]:
         """What a worker needs to know."""
@@ -286,6 +286,7 @@ class Module:
                 "was": fault.was,
                 "becomes": fault.becomes,
                 "answer": answer,
+                "seconds": self.seconds,
                 "module": digest(self.path),
                 "stamp": stamp,
             }
