@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import functools
-import inspect
 import itertools
 import traceback
-import types
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -23,6 +19,7 @@ from portable_amp.backends import (
     resolve_device,
     torch_function,
 )
+from portable_amp.callables import opened
 from portable_amp.errors import PortableAmpError
 from portable_amp.nested import is_container, length_of, slice_of, tensors_in
 
@@ -158,20 +155,23 @@ def split_on_oom(
     total = length_of(batch)
     tensors = list(tensors_in(batch))
     elements = sum(one.numel() // total for one in tensors if one.dim())
-    parts, closed = _opened(step)
-    key = (*parts, *(_number(one) for one in closed if not _of_data(one)))
+    # A lambda made anew for each batch is the same step; one over another model is another.
+    functions, owners, held = opened(step)
+    parts = [*owners, *(one for one in held if not _of_data(one))]
+    codes = (function.__code__ for function in functions)
+    key = (torch.is_grad_enabled(), *codes, *map(_number, parts))
     fitted = _fitted.setdefault(key, {})
     _fitted.move_to_end(key)
     if len(_fitted) > _MOST_STEPS:
         _fitted.popitem(last=False)
     known = [samples for sample, samples in fitted.items() if sample <= elements]
     size = first = min([*known, size or total, total])
-    models = _models_in([*closed, getattr(step, "__self__", None)])
+    models = _models_in([*owners, *held])
     if isinstance(parameters, torch.nn.Module):
         models.append(parameters)
         parameters = parameters.parameters()
     trained = {one: None for model in models for one in model.modules() if one.training}
-    held = [
+    buffers = [
         (one, name, buffer, buffer.clone())
         for one in trained
         for name, buffer in one.named_buffers(recurse=False)
@@ -189,7 +189,7 @@ def split_on_oom(
             break
         except BaseException as error:
             _set_grads(leaves, before)
-            for one, name, buffer, kept in held:
+            for one, name, buffer, kept in buffers:
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(kept)
                 setattr(one, name, buffer)  # the pass may have put another there
@@ -211,43 +211,10 @@ def split_on_oom(
     return done
 
 
-def _opened(step: Any) -> tuple[list[Any], list[Any]]:
-    """A step as what it computes: its mode and code, and the objects that this closes over.
-
-    A lambda made anew for each batch is the same step; one over another model is another.
-    """
-    parts: list[Any] = [torch.is_grad_enabled()]
-    closed: list[Any] = []
-    while isinstance(step, functools.partial):
-        closed += [*step.args, *step.keywords.values()]
-        step = step.func
-    if isinstance(step, types.MethodType):
-        parts.append(_number(step.__self__))
-        step = step.__func__
-    step = inspect.unwrap(step)
-    code = getattr(step, "__code__", None)
-    if code is None:
-        code = _number(step)
-        closed.append(step)
-    else:
-        closed += _closed_over(step)
-    return [*parts, code], closed
-
-
 def _models_in(things: list[Any]) -> list[torch.nn.Module]:
     """The models among them, and those that they have as attributes."""
     inner = [held for thing in things for held in getattr(thing, "__dict__", {}).values()]
     return [one for one in (*things, *inner) if isinstance(one, torch.nn.Module)]
-
-
-def _closed_over(function: types.FunctionType) -> list[Any]:
-    closed = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # not yet filled
-            closed.append(cell.cell_contents)
-    # A global name may be given to another model, as in a notebook.
-    named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    return [*closed, *(one for one in named if isinstance(one, torch.nn.Module))]
 
 
 def _of_data(thing: Any) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import re
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from portable_amp.callables import opened
 from portable_amp.capabilities import Capabilities
 from portable_amp.checkpoint import replacing
 from portable_amp.nested import tensors_in
@@ -62,14 +63,13 @@ def signature(
 ) -> str:
     """A key for all that a measurement depends on."""
     facts = (
-        [(name, *_computes(module)) for name, module in model.named_modules()],
-        [_lies(one) for one in model.state_dict(keep_vars=True).items()],
+        _model(model),
         [_lies(("", one)) for one in tensors_in(batch)],
-        _code(loss),
+        _computes(loss),
         (str(dtype), compiled),
         (capabilities.name, capabilities.device_type, capabilities.evidence),
         numeric_modes(),
-        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "4"),
+        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "5"),
     )
     text = re.sub(r"\b0x[0-9a-fA-F]+", "", json.dumps(facts, default=repr))  # addresses
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -95,21 +95,55 @@ def numeric_modes() -> list[str]:
     return found
 
 
-def _computes(module: torch.nn.Module) -> tuple[Any, ...]:
-    """What a module computes: its code, and its settings."""
-    plain = (bool, int, float, str, type(None))
-    settings = sorted((key, repr(one)) for key, one in vars(module).items() if type(one) in plain)
-    return _code(type(module).forward), type(module).__qualname__, module.extra_repr(), settings
+def _model(model: torch.nn.Module) -> Any:
+    """What a model computes, and what its weights are like."""
+    modules = [
+        (name, module.extra_repr(), _functions(module.forward), *_settings(module))
+        for name, module in model.named_modules()
+    ]
+    return modules, [_lies(one) for one in model.state_dict(keep_vars=True).items()]
 
 
-def _code(function: Any) -> tuple[Any, ...]:
-    """Which function it is, and what it does, as far as Python tells."""
-    if isinstance(function, functools.partial):
-        return *_code(function.func), repr(function.args), repr(function.keywords)
-    code = getattr(function, "__code__", None)
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    told = (code.co_code.hex(), code.co_names, repr(code.co_consts)) if code else ()
-    return (getattr(function, "__module__", ""), name, *told)
+def _settings(thing: Any) -> tuple[Any, ...]:
+    """Of an object: its class, and what is plainly written in it."""
+    there = getattr(thing, "__dict__", {}).items()
+    return type(thing).__qualname__, sorted((key, repr(one)) for key, one in there if _plain(one))
+
+
+def _plain(one: Any) -> bool:
+    return type(one) in (bool, int, float, complex, str, bytes, type(None))
+
+
+def _computes(call: Any) -> tuple[Any, ...]:
+    """A callable as its functions and what they hold, as far as Python tells."""
+    _, owners, held = opened(call)
+    return _functions(call), [_holds(one) for one in (*owners, *held)]
+
+
+def _functions(call: Any) -> list[Any]:
+    """The functions that it is made of, and what each does."""
+    functions = opened(call).functions
+    return [(one.__module__, one.__qualname__, _code(one.__code__)) for one in functions]
+
+
+def _code(code: types.CodeType) -> tuple[Any, ...]:
+    """What it does, wherever it stands."""
+    consts = [
+        _code(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts
+    ]
+    return code.co_code.hex(), code.co_names, consts
+
+
+def _holds(one: Any) -> Any:
+    """What is known of an object that a function holds."""
+    if isinstance(one, torch.nn.Module):
+        return _model(one)
+    if isinstance(one, torch.Tensor):
+        return _lies(("", one))
+    if isinstance(one, type) or not callable(one):
+        return repr(one) if _plain(one) else getattr(one, "__qualname__", type(one).__qualname__)
+    # It is called: an object with `__call__`, or a function that is not written in Python.
+    return _functions(type(one).__call__) or repr(one), _settings(one)
 
 
 def _lies(named: tuple[str, Any]) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import portable_amp
 PACKAGE = Path(portable_amp.__file__).parent
 
 FLOORS = (
-    {"errors", "launchers"},
+    {"callables", "errors", "launchers"},
     {"notices"},
     {"backends", "nested"},
     {"capabilities"},

@@ -495,6 +495,48 @@ def test_what_cannot_be_cut_is_refused_and_not_repeated() -> None:
             split_on_oom(step, (torch.arange(4), part))
 
 
+class Step:
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def __call__(self, part: torch.Tensor, weight: float) -> int:
+        if len(part) > self.most:
+            raise MemoryError
+        return len(part)
+
+    run = __call__
+
+
+def sizes(step: Any) -> list[int]:
+    return split_on_oom(step, torch.arange(8))
+
+
+def test_each_step_has_a_size_of_its_own() -> None:
+    def of(most: Step) -> Any:
+        @functools.wraps(most.run)
+        def decorated(part: torch.Tensor, weight: float) -> int:
+            return most(part, weight)
+
+        return decorated
+
+    def of_a_function(function: Any) -> Any:
+        return lambda part, weight: function(part, weight)
+
+    two, four = Step(2), Step(4)
+    for make in (
+        lambda one: one, lambda one: one.run, functools.partial, of,
+        lambda one: functools.partial(one.run), lambda one: of_a_function(of(one)),
+        lambda one: of_a_function(functools.partial(lambda s, p, w: s(p, w), one)),
+    ):  # fmt: skip
+        for step in (two, four, two):
+            first = sizes(make(step))
+            assert first == [step.most] * (8 // step.most)
+            # Known, though it is made anew: no larger part is tried.
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(memory, "is_oom_error", lambda error: pytest.fail("tried again"))
+                assert sizes(make(step)) == first
+
+
 def test_the_next_object_at_the_same_place_is_another() -> None:
     numbers = set()
     for _ in range(50):  # each is gone before the next is made, mostly at the same address

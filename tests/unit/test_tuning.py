@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import gc
 import json
 import math
@@ -848,13 +847,79 @@ def test_the_key_is_that_of_the_same_model_in_another_process() -> None:
         assert told.stdout.strip() == key() == key()
 
 
-def test_the_key_has_what_a_partial_loss_calls_and_with_what() -> None:
-    def scaled(model: nn.Module, batch: Any, by: float) -> torch.Tensor:
-        return mean_square(model, batch) * by
+def closing_over(held: Any) -> Callable[..., torch.Tensor]:
+    return lambda model, batch: held(model, batch) if callable(held) else mean_square(model, batch)
 
-    losses = [functools.partial(scaled, by=by) for by in (1.0, 2.0)]
-    losses += [functools.partial(one) for one in (mean_square, other_loss)]
-    assert len({key(loss=one) for one in losses}) == 4
+
+class Scaled:
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return mean_square(model, batch) * self.by
+
+    def method(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return mean_square(model, batch)
+
+
+class Halved(Scaled):
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return mean_square(model, batch) / self.by
+
+
+def nested(number: int) -> Callable[..., torch.Tensor]:
+    scope: dict[str, Any] = {"mean_square": mean_square}
+    exec(f"loss = lambda m, b: (lambda x: x * {number})(mean_square(m, b))", scope)
+    return scope["loss"]  # type: ignore[no-any-return]
+
+
+def by_default(model: nn.Module, batch: Any, *, by: float = 1.0) -> torch.Tensor:
+    return mean_square(model, batch) * by
+
+
+LOSSES: dict[str, list[Any]] = {
+    "a partial's arguments": [partial(by_default, by=1.0), partial(by_default, by=2.0)],
+    "a partial's function": [partial(mean_square), partial(other_loss)],
+    "a flag that it closes over": [closing_over(True), closing_over(False)],
+    "a function that it closes over": [closing_over(mean_square), closing_over(other_loss)],
+    "a partial in a closure": [closing_over(partial(by_default, by=by)) for by in (1.0, 2.0)],
+    "a model that it closes over": [closing_over(nn.Linear(4, out)) for out in (2, 3)],
+    "a setting of such a model": [closing_over(nn.CrossEntropyLoss(label_smoothing=by))
+                                  for by in (0.0, 0.1)],
+    "a tensor's shape": [closing_over(torch.ones(n)) for n in (2, 3)],
+    "a nested function": [nested(1), nested(2)],
+    "a setting of what is called": [Scaled(1.0), Scaled(2.0)],
+    "the class of what is called": [Scaled(1.0), Halved(1.0)],
+    "the class of a method's object": [Scaled(1.0).method, Halved(1.0).method],
+    "a function that is not Python's": [closing_over(max), closing_over(min)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", LOSSES)
+def test_the_key_has_each_part_of_a_loss(part: str) -> None:
+    one, other = LOSSES[part]
+    assert key(loss=one) == key(loss=one)
+    assert key(loss=one) != key(loss=other)
+
+
+def test_the_key_is_the_same_for_the_same_loss_made_again() -> None:
+    def counting() -> Callable[..., torch.Tensor]:
+        calls, seen = 0, []
+
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            seen.append(loss)  # it holds itself
+            return mean_square(model, batch)
+
+        loss(network(), IMAGES)
+        return loss
+
+    first = counting()
+    before = key(loss=first)
+    first(network(), IMAGES)
+    assert key(loss=first) == before == key(loss=counting())
+    assert len({key(loss=closing_over(Scaled(1.0))) for _ in range(3)}) == 1
 
 
 @pytest.mark.parametrize("part", CHANGES)

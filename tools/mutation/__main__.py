@@ -48,6 +48,8 @@ OWN = {
     "api": ["tests/unit/test_context.py"],
     "notices": ["tests/unit/test_context.py", "tests/unit/test_autocast.py"],
     "errors": ["tests/unit/test_context.py", "tests/unit/test_backends.py"],
+    "launchers": ["tests/unit/test_distributed.py"],
+    "callables": ["tests/unit/test_memory.py", "tests/unit/test_tuning.py"],
     "nested": ["tests/unit/test_transfer.py"],
     "traps": ["tests/unit/test_cli.py"],
     "doctor": ["tests/unit/test_cli.py"],
