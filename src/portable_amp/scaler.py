@@ -144,6 +144,7 @@ class ScalerShim(torch.amp.GradScaler):
             growth_interval=growth_interval,
             enabled=enabled,
         )
+        self._waits = backend_for(kind).synchronize is not None
         # torch sets these only when enabled, and its getters then raise on a disabled scaler.
         self._init_scale = float(init_scale)
         self._growth_factor = growth_factor
@@ -206,8 +207,9 @@ class ScalerShim(torch.amp.GradScaler):
             return outputs
         if self._update_is_due:
             self.update()
-        is_tensor = isinstance(outputs, torch.Tensor)
-        if not is_tensor and (isinstance(outputs, Mapping) or hasattr(outputs, "_fields")):
+        if type(outputs) is torch.Tensor:  # what most losses are, in every step
+            return super().scale(outputs)
+        if isinstance(outputs, Mapping) or hasattr(outputs, "_fields"):
             return map_tensors(super().scale, outputs)
         return super().scale(outputs)
 
@@ -377,8 +379,12 @@ class ScalerShim(torch.amp.GradScaler):
                 found = torch.stack([inf.to(self._on_device().device) for inf in infs]).sum()
             else:  # it takes `grad_scaler=`, and unscales its gradients itself
                 self._stepped = True
+        scale = self._on_device()
         self._last_step = StepResult(
-            self._stepped, self._on_device().clone(), found_inf=found, on_known=self._note
+            self._stepped,
+            scale.clone() if self._waits else scale.item(),
+            found_inf=found,
+            on_known=self._note,
         )
         return returned
 
@@ -438,7 +444,7 @@ class ScalerShim(torch.amp.GradScaler):
         """
         self._may_fall = True
         parameters = _parameters(optimizer)
-        if any(parameter.is_complex() for parameter in parameters):
+        if any(map(torch.Tensor.is_complex, parameters)):
             optimizer = _Real(parameters)  # type: ignore[assignment]
         found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         return found or {found_inf.device: found_inf}
@@ -453,9 +459,9 @@ class ScalerShim(torch.amp.GradScaler):
         self._update_is_due = False
         if isinstance(new_scale, int):
             new_scale = float(new_scale)
-        states = self._per_optimizer_states.values()
-        if new_scale is None and not any(state["found_inf_per_device"] for state in states):
-            self._per_optimizer_states.clear()
+        states = self._per_optimizer_states
+        if new_scale is None and not any(one["found_inf_per_device"] for one in states.values()):
+            states.clear()
             return
         self._make_scale()
         super().update(new_scale)
