@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Set
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Set,
+)
 from typing import Any
 
 import torch
@@ -175,18 +183,12 @@ def _rebuilt(change: Callable[[Any], Any], value: Any) -> Any:
             return content
         if not isinstance(value, MutableMapping):
             return _made(value, content)
-        made = _copied(value)  # it keeps a default factory, and what else it is made with
-        for key, item in content.items():
-            made[key] = item
-        return made
+        return _filled(value, content, content.items())
     if isinstance(value, (list, MutableSequence)):
         items = [_map(change, item) for item in value]
         if type(value) is list:
             return items
-        row = _copied(value)
-        for at, item in enumerate(items):
-            row[at] = item
-        return row
+        return _filled(value, items, enumerate(items))
     if isinstance(value, Set):
         if not any(isinstance(item, torch.Tensor) for item in value):
             return value
@@ -198,6 +200,17 @@ def _rebuilt(change: Callable[[Any], Any], value: Any) -> Any:
                 object.__setattr__(made, name, _map(change, getattr(value, name)))
         return made
     return value
+
+
+def _filled(value: Any, content: Any, items: Iterable[tuple[Any, Any]]) -> Any:
+    """A copy with other items: it keeps a default factory, and what else it is made with."""
+    made = _copied(value)
+    try:
+        for at, item in items:
+            made[at] = item
+    except (TypeError, AttributeError, NotImplementedError):  # it is frozen
+        return _made(value, content)
+    return made
 
 
 def _copied(value: Any) -> Any:

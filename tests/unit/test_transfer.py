@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from portable_amp import DeviceContext, PrecisionFallbackWarning
@@ -143,6 +144,8 @@ def kinds(x: torch.Tensor) -> dict[str, Any]:
         "view": types.MappingProxyType({"a": x}),
         "queue": deque([x, x], maxlen=5),
         "words": noted,
+        "frozen dict": immutable_dict(a=x),
+        "frozen list": immutable_list([x]),
         "set": {x},
         "data": Sample(x),
         "frozen": Frozen(x, [x]),
