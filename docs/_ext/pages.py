@@ -173,14 +173,14 @@ def noticed(found: Mapping[str, int]) -> str:
 def what_is_tested() -> str:
     """The page as it is, with the table of faults of the last run."""
     told = json.loads(COUNTS.read_text("utf-8"))
-    keys = ("faults", "equivalent", "killed", "missed", "explained")
+    keys = ("all", "faults", "equivalent", "killed", "missed", "explained")
     modules = dict(sorted(told["modules"].items()))
     total = {key: sum(found[key] for found in modules.values()) for key in keys}
     rows = [
         [name, *(str(found[key]) for key in keys), noticed(found)]
         for name, found in {**modules, "*all*": total}.items()
     ]
-    head = ["module", "faults", "no change", "noticed", "missed", "explained", "share"]
+    head = ["module", "faults", "tried", "no change", "noticed", "missed", "explained", "share"]
     made = (
         f"Commit {told['commit']}, {told['date']}, {told['machine']}, Python {told['python']},\n"
         f"torch {told['torch']}, cosmic-ray {told['cosmic-ray']}:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,19 @@ def test_what_is_counted_adds_up(module: str) -> None:
     found = COUNTS["modules"][module]
     assert found["faults"] == found["equivalent"] + found["killed"] + found["missed"]
     assert 0 <= found["explained"] <= found["missed"]
+
+
+def test_a_fault_in_a_function_goes_into_the_loaded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools" / "mutation")
+    changed = __import__("trials").changed_functions
+
+    def built(text: str) -> types.CodeType:
+        return compile(text, "m.py", "exec")
+
+    source = "X = 1\ndef f(a):\n    return a + X\nclass C:\n    Y = 2\n    def g(self):\n        pass\n"
+    pairs = changed(built(source), built(source.replace("a + X", "a - X")))
+    assert [old.co_name for old, _ in pairs] == ["f"]
+    pairs = changed(built(source), built(source.replace("pass", "return 1")))
+    assert [old.co_name for old, _ in pairs] == ["g"]
+    for old, new in (("X = 1", "X = 2"), ("Y = 2", "Y = 3"), ("def f(a)", "def f(a, b=1)")):
+        assert changed(built(source), built(source.replace(old, new))) is None

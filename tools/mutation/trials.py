@@ -144,7 +144,8 @@ def shallow(code: types.CodeType) -> tuple[Any, ...]:
         const.co_name if isinstance(const, types.CodeType) else repr(const)
         for const in code.co_consts
     )
-    return code.co_code, code.co_exceptiontable, consts, code.co_names, code.co_freevars
+    table = getattr(code, "co_exceptiontable", b"")  # 3.11
+    return code.co_code, table, consts, code.co_names, code.co_freevars
 
 
 def changed_functions(
@@ -178,12 +179,12 @@ class Loaded:
         """Serve until there is no request any more."""
         items = {item.nodeid: item for item in session.items}
         gc.collect()
-        gc.freeze()
         functions: dict[tuple[str, str], list[types.FunctionType]] = {}
         for thing in gc.get_objects():
-            if isinstance(thing, types.FunctionType):
+            if type(thing) is types.FunctionType:  # `isinstance` asks proxies, which warn
                 code = thing.__code__
                 functions.setdefault((code.co_filename, code.co_name), []).append(thing)
+        gc.freeze()  # behind that nobody finds them
         for line in self.requests:
             request = json.loads(line)
             if request["what"] == "afresh":
@@ -279,6 +280,7 @@ def main() -> None:
     import hypothesis.stateful  # noqa: F401
     import numpy as np  # noqa: F401
     import torch
+    import torch._dynamo  # takes two seconds, and some tests want it
 
     torch.set_num_threads(1)
     sys.path[:0] = [str(Path(name).resolve()) for name in ("src", "examples", "tests")]
