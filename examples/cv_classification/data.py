@@ -14,8 +14,8 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from cv_classification.config import DataConfig, InputError, own_stream
 from cv_classification.lock import sweep
+from cv_classification.parallel import tell
 from cv_classification.plain import brief
-from portable_amp import ranks
 from portable_amp.checkpoint import replacing
 
 COLUMNS = ("ID", "target")
@@ -239,9 +239,9 @@ def _look(folder: Path, *, deep: bool = False) -> tuple[list[Path], list[Path], 
 
 def _tell_passed(files: Sequence[Path]) -> None:
     """Name what is in a folder of images, and is not used."""
-    if files and ranks().is_main:
+    if files:
         named = ", ".join(map(str, files[:3]))
-        print(f"passed over {len(files)} that are no images: {named}{', ...' * (len(files) > 3)}")
+        tell(f"passed over {len(files)} that are no images: {named}{', ...' * (len(files) > 3)}")
 
 
 def _read_columns(table: Path, first: str, second: str) -> list[tuple[str, str, str]]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from cv_classification.config import Config, InputError
 from cv_classification.model import Classifier, Ensemble
+from cv_classification.parallel import tell
 from portable_amp import DeviceContext, ranks
 
 TUNED = "tuned"
@@ -31,9 +32,8 @@ def tuned(ctx: DeviceContext, model: Classifier | Ensemble, config: Config) -> D
         256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     made = ctx.tuned(model, images)
-    if ranks().is_main:
-        mode = "training" if model.training else "prediction"
-        print(f"{mode}: {made.plan.name}, {made.plan.memory_format}, {made.plan.reason}")
+    mode = "training" if model.training else "prediction"
+    tell(f"{mode}: {made.plan.name}, {made.plan.memory_format}, {made.plan.reason}")
     return made
 
 

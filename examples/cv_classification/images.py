@@ -18,6 +18,7 @@ from cv_classification.augment import Transform
 from cv_classification.config import Config, InputError
 from cv_classification.data import Classes, Sample, read_labelled, split
 from cv_classification.decode import Cache, read_image
+from cv_classification.parallel import tell
 from portable_amp import DeviceContext, Ranks, ranks
 
 Draw = tuple[int, int, int]
@@ -49,7 +50,7 @@ def check_images(samples: Sequence[Sample], *, skip_bad: bool = False) -> list[S
         named = "; ".join(bad[:3])
         raise InputError(f"{len(bad)} of {len(samples)} images cannot be read: {named}{more}")
     for why in bad:
-        print(f"skipped {why}")
+        tell(f"skipped {why}")
     return [sample for sample, why in zip(samples, faults, strict=True) if not why]
 
 

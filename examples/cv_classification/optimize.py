@@ -101,6 +101,15 @@ def make_optimizer(model: Classifier, config: TrainConfig) -> torch.optim.Optimi
         return optimizer
 
 
+def stepped_state(model: Classifier, config: TrainConfig) -> dict[int, Any]:
+    """What the optimizer keeps of each parameter once it took a step, which it does to `model`."""
+    optimizer = make_optimizer(model, config)
+    model(torch.zeros(1, 3, model.size, model.size)).sum().backward()
+    optimizer.step()
+    state: dict[int, Any] = optimizer.state_dict()["state"]
+    return state
+
+
 def make_average(model: nn.Module, decay: float) -> ModelEmaV3:
     """A running mean of the weights, which starts at those of the first update.
 
@@ -119,7 +128,7 @@ def make_mixup(config: DataConfig, classes: int) -> Mixup | None:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two states have the same form: keys, lengths and types, whatever the numbers.
+    """Whether two states have the same form: keys, lengths, types, shapes, whatever the numbers.
 
     >>> alike({"lr": 1, "betas": (0.9, 0.99)}, {"lr": 0.5, "betas": [0, 1]})
     True
@@ -135,6 +144,8 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         same = isinstance(other, list | tuple) and len(one) == len(other)
         return same and all(map(alike, one, other))
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype
     return type(one) is type(other)
 
 

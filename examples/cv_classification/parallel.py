@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from cv_classification.config import Config, InputError
-from cv_classification.model import load_weights
 from portable_amp import DeviceContext, init_distributed, ranks
 
 T = TypeVar("T")
@@ -86,15 +84,10 @@ def set_states(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     states: Mapping[str, Any],
-    path: Path,
     *,
     sharded: bool,
 ) -> None:
-    """Put back what `get_states` gave, as `states["model"]` and `states["optimizer"]`.
-
-    Raises:
-        InputError: `path`, where they are from, is of another model.
-    """
+    """Put back what `get_states` gave, as `states["model"]` and `states["optimizer"]`."""
     if sharded:
         set_state_dict(
             model,
@@ -104,7 +97,7 @@ def set_states(
             options=FULL,
         )
     else:
-        load_weights(model, states["model"], path)
+        model.load_state_dict(states["model"])
         optimizer.load_state_dict(states["optimizer"])
 
 

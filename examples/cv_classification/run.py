@@ -15,8 +15,15 @@ from torch import nn
 from cv_classification import parallel
 from cv_classification.config import Config, InputError, check_same_run
 from cv_classification.images import Split
-from cv_classification.model import Classifier, describe, load_weights, read_state, understood
-from cv_classification.optimize import Loss, Schedule, alike
+from cv_classification.model import (
+    Classifier,
+    build_model,
+    describe,
+    load_weights,
+    read_state,
+    understood,
+)
+from cv_classification.optimize import Loss, Schedule, alike, stepped_state
 from cv_classification.tracking import Row
 from portable_amp import (
     CheckpointError,
@@ -83,8 +90,15 @@ class Run:
         What it returns gives the loss's numerator and denominator (2,); `take_step` divides.
         """
         images, targets = part
-        with self.ctx.autocast():
-            logits = self.net(images)
+        try:
+            with self.ctx.autocast():
+                logits = self.net(images)
+        except ValueError as error:  # of BatchNorm, where no larger part fits
+            if len(images) > 1:
+                raise
+            raise InputError(
+                f"out of memory, and one image alone does not work: {error}"
+            ) from error
         loss, mass = self.criterion.sums(logits, targets)
         seen = self.ctx.fetch(
             torch.stack([loss.detach(), mass])
@@ -148,13 +162,16 @@ class Run:
             raise ValueError("its progress is not told")
         if not all(row.keys() >= MEASURED for row in progress.history):
             raise ValueError("its history lacks numbers")
-        groups, had = self.optimizer.param_groups, state["optimizer"]["param_groups"]
-        bare = [[{**group, "params": []} for group in one] for one in (groups, had)]
-        if not self.config.train.sharded and not alike(*bare):
-            raise ValueError("its optimizer has other settings")
-        parallel.set_states(
-            self.model, self.optimizer, state, path, sharded=self.config.train.sharded
-        )
+        sharded = self.config.train.sharded
+        if not sharded:
+            twin = build_model(self.config.model, len(self.data.classes.names), weights=False)
+            wanted, had = self.optimizer.state_dict(), state["optimizer"]
+            kept = stepped_state(twin, self.config.train) if progress.updates else wanted["state"]
+            if not alike({**wanted, "state": kept}, had) or [
+                group["params"] for group in had["param_groups"]
+            ] != [group["params"] for group in wanted["param_groups"]]:
+                raise ValueError("its optimizer is another, or has other settings")
+        parallel.set_states(self.model, self.optimizer, state, sharded=sharded)
         self.schedule.load_state_dict(state["schedule"])
         if not all(isinstance(value, int | float) for value in state["scaler"].values()):
             raise ValueError("its scaler holds no numbers")
@@ -171,6 +188,5 @@ class Run:
         """
         best = self.config.output / "best.pt"
         if any(parallel.gather(bool(self.progress.history) and not best.exists())):
-            if ranks().is_main:
-                print(f"{str(best)!r} is lost; the last epoch's model takes its place", flush=True)
+            parallel.tell(f"{str(best)!r} is lost; the last epoch's model takes its place")
             self.save("best.pt", best=True)

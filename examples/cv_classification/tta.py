@@ -29,8 +29,8 @@ from cv_classification.images import (
     make_loader,
 )
 from cv_classification.model import Ensemble, Trained, load_trained
-from cv_classification.parallel import gather
-from portable_amp import DeviceContext, ranks, seed_everything, split_on_oom
+from cv_classification.parallel import gather, tell
+from portable_amp import DeviceContext, seed_everything, split_on_oom
 
 Groups = list[Sequence[str]]
 """Names of views; those of a group go through the model together."""
@@ -147,8 +147,7 @@ def probabilities(
         what = f"the model's answers to {lost} of {len(probs)} images are not finite"
         if not one.plan.autocast:
             break
-        if ranks().is_main:
-            print(f"{what} in {one.plan.name}; computing them again in fp32", flush=True)
+        tell(f"{what} in {one.plan.name}; computing them again in fp32")
     raise InputError(f"{what}; training with a smaller train.lr may keep them so")
 
 

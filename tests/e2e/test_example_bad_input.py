@@ -21,6 +21,7 @@ import torch
 from cv_classification.__main__ import main
 from cv_classification.config import Config, InputError, load_config
 from cv_classification.data import read_rows
+from cv_classification.model import Classifier
 from cv_classification.tracking import Tracker, check_tracking
 from portable_amp import load_checkpoint, save_checkpoint
 
@@ -41,6 +42,11 @@ class Case(NamedTuple):
 TRAIN = f"train data.path={{root}}/data output={{root}}/new device=cpu {' '.join(MODEL)}"
 EVALUATE = "evaluate {root}/run device=cpu"
 PREDICT = "predict {root}/run device=cpu"
+RESUME = (
+    f"{TRAIN} output={{root}}/run --resume train.epochs=1 data.batch_size=4 data.validation=0.25 "
+    "precision=fp32"
+)
+OTHER_OPTIMIZER = "its optimizer is another"
 
 
 def edit(name: str, old: str, new: str) -> Change:
@@ -82,6 +88,20 @@ def change_checkpoint(**values: Any) -> Change:
             save_checkpoint(root / "run" / name, {**state, **values})
 
     return change
+
+
+def change_last(change: Callable[[dict[str, Any]], object]) -> Change:
+    def changed(root: Path) -> None:
+        state = load_checkpoint(root / "run/last.pt")
+        change(state)
+        save_checkpoint(root / "run/last.pt", state)
+
+    return changed
+
+
+def change_moments(change: Callable[[dict[str, Any]], object]) -> Change:
+    """What the optimizer keeps of one parameter."""
+    return change_last(lambda state: change(state["optimizer"]["state"][2]))
 
 
 def replace(name: str, make: Callable[[Path], object]) -> Change:
@@ -406,9 +426,27 @@ CASES = {
         "evaluate {root}/run model.name=test_vit", "is fixed by training; device, precision"
     ),
     "resumed with another model": Case(
-        f"{TRAIN} output={{root}}/run --resume train.epochs=1 data.batch_size=4 "
-        "data.validation=0.25 precision=fp32 model.name=test_vit",
+        f"{RESUME} model.name=test_vit",
         "model.name='test_vit': the run to resume has 'test_resnet'",
+    ),
+    "moments are lost": Case(
+        RESUME, OTHER_OPTIMIZER, change_last(lambda state: state["optimizer"]["state"].clear())
+    ),
+    "moments of one parameter are lost": Case(
+        RESUME, OTHER_OPTIMIZER, change_last(lambda state: state["optimizer"]["state"].pop(3))
+    ),
+    "one moment is lost": Case(
+        RESUME, OTHER_OPTIMIZER, change_moments(lambda kept: kept.pop("exp_avg"))
+    ),
+    "moments of another shape": Case(
+        RESUME, OTHER_OPTIMIZER, change_moments(lambda kept: kept.update(exp_avg=torch.zeros(3)))
+    ),
+    "moments of another type": Case(
+        RESUME, OTHER_OPTIMIZER, change_moments(lambda kept: kept.update(exp_avg_sq="x"))
+    ),
+    "parameters in another order": Case(
+        RESUME, OTHER_OPTIMIZER,
+        change_last(lambda state: state["optimizer"]["param_groups"][0]["params"].reverse()),
     ),
     "other data": Case(EVALUATE, "has changed since", other_classes),
     # Output.
@@ -641,6 +679,23 @@ def test_out_of_memory_is_one_line(
     monkeypatch.setattr("cv_classification.images.ImageDataset.__getitems__", full)
     assert run(root, PREDICT) == 2
     assert capsys.readouterr().err.startswith("out of memory: Unable to allocate 9 TiB; a smaller")
+
+
+def test_where_one_image_alone_fits_and_does_not_work(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Classifier.forward
+
+    def small(model: Classifier, images: torch.Tensor) -> torch.Tensor:
+        if model.training and len(images) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return usual(model, images)
+
+    monkeypatch.setattr(Classifier, "forward", small)
+    assert run(root, TRAIN) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("out of memory, and one image alone does not work: Expected more than 1")
+    assert said.count("\n") == 1, said
 
 
 def test_a_name_that_no_terminal_shows_is_trained_on(root: Path) -> None:

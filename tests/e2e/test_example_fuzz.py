@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -29,7 +29,7 @@ import cv_classification.train as training
 from cv_classification.__main__ import main
 from cv_classification.config import InputError, load_config
 from cv_classification.data import read_rows
-from portable_amp import load_checkpoint
+from portable_amp import CheckpointError, load_checkpoint, save_checkpoint
 
 from .conftest import write_tiny
 
@@ -447,6 +447,17 @@ JUNK = st.recursive(
 )  # fmt: skip
 
 
+# What is still a tensor.
+RESHAPED: tuple[Callable[[torch.Tensor], Any], ...] = (
+    *(torch.Tensor.flatten, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bool),
+    torch.Tensor.tolist,
+    lambda tensor: tensor[None],
+    lambda tensor: tensor[..., :0] if tensor.dim() else tensor.new_empty(0),
+    lambda tensor: torch.full_like(tensor, 1e30 if tensor.is_floating_point() else 7),
+    lambda tensor: torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else -tensor,
+)  # fmt: skip
+
+
 @st.composite
 def twisted(draw: st.DrawFn, state: Any) -> Any:
     """A checkpoint's content with one node replaced by another, or dropped."""
@@ -454,9 +465,11 @@ def twisted(draw: st.DrawFn, state: Any) -> Any:
         key = draw(st.sampled_from(sorted(state, key=str)))
         rest = {name: value for name, value in state.items() if name != key}
         return rest if not draw(st.integers(0, 5)) else {**rest, key: draw(twisted(state[key]))}
-    if isinstance(state, list) and state and draw(st.booleans()):
+    if isinstance(state, list | tuple) and state and draw(st.booleans()):
         at = draw(st.integers(0, len(state) - 1))
-        return [*state[:at], draw(twisted(state[at])), *state[at + 1 :]]
+        return type(state)([*state[:at], draw(twisted(state[at])), *state[at + 1 :]])
+    if isinstance(state, torch.Tensor) and draw(st.integers(0, 3)):
+        return draw(st.sampled_from(RESHAPED))(state)
     return draw(JUNK)
 
 
@@ -469,3 +482,80 @@ def test_histories(root: Path, data: st.DataObject) -> None:
     content = data.draw(st.one_of(spoilt(row.encode()), st.just(written)))
     with changed(log, content):
         works_or_is_refused(["report", f"{root}/run", "--output", f"{root}/new/r.html"], root)
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------
+
+HALFWAY = (*TINY, "train.epochs=2", "train.ema=0.9", "data.batch_size=4")
+REAL_EPOCH = training.train_epoch
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after its first epoch of two."""
+    root = tmp_path_factory.mktemp("begun")
+    write_tiny(root / "data", per_class=4)
+    epochs = iter([REAL_EPOCH])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_epoch", lambda *args: next(epochs)(*args))
+        with pytest.raises(StopIteration):
+            main(["train", f"data.path={root}/data", f"output={root}/run", *HALFWAY])
+    shutil.copytree(root / "run", root / "kept")
+    return root
+
+
+@pytest.fixture
+def to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may be resumed to its last line, but for the report."""
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(training, "train_epoch", REAL_EPOCH)
+    monkeypatch.setattr(training, "picture", stop)
+
+
+def commands(root: Path) -> st.SearchStrategy[tuple[list[str], str]]:
+    """A command, and the checkpoint that it reads."""
+    resume = ["train", f"data.path={root}/data", f"output={root}/run", *HALFWAY, "--resume"]
+    return st.sampled_from(
+        [
+            (["predict", f"{root}/run", "--output", f"{root}/new/s.csv"], "best.pt"),
+            (["evaluate", f"{root}/run"], "best.pt"),
+            (["evaluate", f"{root}/run/last.pt"], "last.pt"),
+            *[(resume, name) for name in ("best.pt", "last.pt", "last.pt", "last.pt")],
+        ]
+    )
+
+
+def check_checkpoint(root: Path, argv: Sequence[str], name: str, content: bytes) -> None:
+    """Of a checkpoint with that content, whatever it is."""
+    with changed(root / "run" / name, content):
+        before = {path: path.read_bytes() for path in (root / "run").glob("*.pt")}
+        works_or_is_refused(argv, root)
+        for path, had in before.items():
+            if path.read_bytes() != had:
+                load_checkpoint(path)
+
+
+@cases(0.1)
+@given(data=st.data())
+def test_damaged_checkpoints(begun: Path, to_the_end: None, data: st.DataObject) -> None:
+    argv, name = data.draw(commands(begun))
+    content = (begun / "kept" / name).read_bytes()
+    check_checkpoint(begun, argv, name, data.draw(spoilt(content, True)))
+
+
+@cases(0.25)
+@given(data=st.data())
+def test_checkpoints_with_something_else_in_them(
+    begun: Path, to_the_end: None, data: st.DataObject
+) -> None:
+    argv, name = data.draw(commands(begun))
+    state = data.draw(twisted(load_checkpoint(begun / "kept" / name)))
+    written = begun / "written.pt"
+    try:
+        save_checkpoint(written, state)
+    except CheckpointError:  # no mapping, or keys that none can have
+        reject()
+    check_checkpoint(begun, argv, name, written.read_bytes())
