@@ -180,11 +180,11 @@ def evaluation_draws(
     """Every image once, or in so many random views, the same ones each time it is asked for.
 
     Processes that share the work all get as many, for some of them can only run in step; the last
-    ones get some image twice, and `tta.probabilities` counts it once.
+    ones get some images twice, in all their views, so that the mean over them is the same.
     """
     random = np.random.default_rng(count)
     images = np.repeat(np.arange(count), views)
-    size = -(-len(images) // share.world_size) * share.world_size
+    size = -(-count // share.world_size) * share.world_size * views
     variants = random.choice(np.asarray(stage), len(images))
     seeds = random.integers(2**32, size=len(images))
     draws = list(zip(images.tolist(), variants.tolist(), seeds.tolist(), strict=True))

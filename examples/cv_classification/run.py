@@ -185,8 +185,16 @@ class Run:
         """See that there is a best.pt to end with; else the last epoch's model takes its place.
 
         Every process must call it.
+
+        Raises:
+            InputError: there is one, and it cannot be read.
         """
         best = self.config.output / "best.pt"
+        if best.exists():  # or it would be found when all is trained
+            try:
+                read_state(best)
+            except (InputError, CheckpointError) as error:
+                raise InputError(f"{error}; removed, it is made of the last epoch") from error
         if any(parallel.gather(bool(self.progress.history) and not best.exists())):
             parallel.tell(f"{str(best)!r} is lost; the last epoch's model takes its place")
             self.save("best.pt", best=True)

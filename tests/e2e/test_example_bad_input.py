@@ -90,6 +90,14 @@ def change_checkpoint(**values: Any) -> Change:
     return change
 
 
+def flip_a_weight(root: Path) -> None:
+    path = root / "run/best.pt"
+    content = bytearray(path.read_bytes())
+    weight = load_checkpoint(path)["model"]["net.conv1.0.weight"].numpy().tobytes()
+    content[content.index(weight) + len(weight) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def change_last(change: Callable[[dict[str, Any]], object]) -> Change:
     def changed(root: Path) -> None:
         state = load_checkpoint(root / "run/last.pt")
@@ -404,6 +412,7 @@ CASES = {
         f"{TRAIN} output={{root}}/run --resume", "it has no 'ema'",
         lambda root: shutil.copy(root / "run/best.pt", root / "run/last.pt"),
     ),
+    "one bit of a weight is flipped": Case(PREDICT, "the checksum of", flip_a_weight),
     "truncated checkpoint": Case(EVALUATE, "truncated, damaged", truncate("run/best.pt")),
     "checkpoint is none": Case(EVALUATE, "cannot load", write("run/best.pt", "hello")),
     "checkpoint with code": Case(EVALUATE, "would run", hide_code),
@@ -428,6 +437,9 @@ CASES = {
     "resumed with another model": Case(
         f"{RESUME} model.name=test_vit",
         "model.name='test_vit': the run to resume has 'test_resnet'",
+    ),
+    "best is damaged, and resumed": Case(
+        RESUME, "removed, it is made of the last epoch", truncate("run/best.pt")
     ),
     "moments are lost": Case(
         RESUME, OTHER_OPTIMIZER, change_last(lambda state: state["optimizer"]["state"].clear())

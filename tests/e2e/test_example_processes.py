@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ Settings = Callable[..., list[str]]
 # No BatchNorm, which sees another batch in each process; and no dropout.
 COMPARABLE = NO_BATCH_NORM | {
     "train__epochs": 2, "train__label_smoothing": 0.1, "train__max_norm": 1.0,
-    "train__lr": 1e-3, "data__preset": "documents", "train__validation_views": 3,
+    "train__lr": 1e-3, "train__class_weights": "balanced", "data__preset": "documents", "train__validation_views": 3,
 }  # fmt: skip
 
 
@@ -209,7 +210,9 @@ def test_no_image_is_lost_or_doubled(count: int, world: int) -> None:
     together = [draw for share in shares for draw in share]
     once = evaluation_draws(count, (1, 2), 2)
     assert sorted(set(together)) == sorted(set(once))
-    assert len(together) - len(once) < world
+    assert len(together) - len(once) < 2 * world
+    times = {draw[0]: Counter(together)[draw] for draw in once}
+    assert all(Counter(together)[draw] == times[draw[0]] for draw in once)  # or the mean is another
     assert {index for index, _, _ in once} == set(range(count))
 
 
