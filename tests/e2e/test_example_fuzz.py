@@ -538,7 +538,7 @@ def check_checkpoint(root: Path, argv: Sequence[str], name: str, content: bytes)
                 load_checkpoint(path)
 
 
-@cases(0.1)
+@cases(0.06)
 @given(data=st.data())
 def test_damaged_checkpoints(begun: Path, to_the_end: None, data: st.DataObject) -> None:
     argv, name = data.draw(commands(begun))
@@ -546,7 +546,7 @@ def test_damaged_checkpoints(begun: Path, to_the_end: None, data: st.DataObject)
     check_checkpoint(begun, argv, name, data.draw(spoilt(content, True)))
 
 
-@cases(0.25)
+@cases(0.12)
 @given(data=st.data())
 def test_checkpoints_with_something_else_in_them(
     begun: Path, to_the_end: None, data: st.DataObject

@@ -37,7 +37,8 @@ Settings = Callable[..., list[str]]
 # No BatchNorm, which sees another batch in each process; and no dropout.
 COMPARABLE = NO_BATCH_NORM | {
     "train__epochs": 2, "train__label_smoothing": 0.1, "train__max_norm": 1.0,
-    "train__lr": 1e-3, "train__class_weights": "balanced", "data__preset": "documents", "train__validation_views": 3,
+    "train__lr": 1e-3, "data__preset": "documents", "train__validation_views": 3,
+    "train__class_weights": "balanced",
 }  # fmt: skip
 
 
@@ -89,11 +90,15 @@ def assert_close(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("sharded", ["false", "true"])
-def test_two_processes_train_as_one(sharded: str, settings: Settings, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(
+    sharded: str, settings: Settings, tiny: Path, tmp_path: Path
+) -> None:
+    table = tiny / "train.csv"  # one class is rare, and the images to validate are odd in number
+    table.write_text("".join(table.read_text("utf-8").splitlines(keepends=True)[:-4]), "utf-8")
     assert main(["train", *settings(output=tmp_path / "one", **COMPARABLE)]) == 0
     two = settings(output=tmp_path / "two", train__sharded=sharded, **COMPARABLE)
     said = torchrun("-m", "cv_classification", "train", *two)
-    assert said.count("18 images to train on, 6 to validate") == 1
+    assert said.count("15 images to train on, 5 to validate") == 1
     assert_close(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two/report.html").is_file()
 
@@ -204,13 +209,13 @@ def test_processes_that_cannot_share(
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_no_image_is_lost_or_doubled(count: int, world: int) -> None:
     shares = [
-        evaluation_draws(count, (1, 2), 2, share=Ranks(rank, rank, world)) for rank in range(world)
+        evaluation_draws(count, (1, 2), 3, share=Ranks(rank, rank, world)) for rank in range(world)
     ]
     assert len({len(share) for share in shares}) == 1
     together = [draw for share in shares for draw in share]
-    once = evaluation_draws(count, (1, 2), 2)
+    once = evaluation_draws(count, (1, 2), 3)
     assert sorted(set(together)) == sorted(set(once))
-    assert len(together) - len(once) < 2 * world
+    assert len(together) - len(once) < 3 * world
     times = {draw[0]: Counter(together)[draw] for draw in once}
     assert all(Counter(together)[draw] == times[draw[0]] for draw in once)  # or the mean is another
     assert {index for index, _, _ in once} == set(range(count))
