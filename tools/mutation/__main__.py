@@ -57,6 +57,8 @@ OWN = {
     "testing/plugin": ["tests/unit/test_pytest_plugin.py"],
     "testing/machines": ["tests/unit/test_precision.py", "tests/unit/test_play.py"],
     "testing/dtypes": ["tests/unit/test_dtype_flow.py"],
+    "testing/strategies": ["tests/property"],
+    "testing/accelerator": ["tests/accelerator"],
     "testing": ["tests/unit/test_play.py", "tests/conformance"],
     "migrate": [
         f"tests/migrate/test_{name}.py" for name in ("detect", "fix", "commands", "assembled")
