@@ -44,7 +44,7 @@ def test_a_fault_in_a_function_goes_into_the_loaded_one(monkeypatch: pytest.Monk
     def built(text: str) -> types.CodeType:
         return compile(text, "m.py", "exec")
 
-    source = "X = 1\ndef f(a):\n    return a + X\nclass C:\n    Y = 2\n    def g(self):\n        pass\n"
+    source = "X = 1\ndef f(a):\n    return a + X\nclass C:\n    Y = 2\n    def g(self): pass\n"
     pairs = changed(built(source), built(source.replace("a + X", "a - X")))
     assert [old.co_name for old, _ in pairs] == ["f"]
     pairs = changed(built(source), built(source.replace("pass", "return 1")))

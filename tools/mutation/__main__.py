@@ -361,7 +361,7 @@ def write_table() -> None:
         "torch": metadata.version("torch"),
         "cosmic-ray": metadata.version("cosmic-ray"),
         "modules": {
-            name: {"all": len(list(faults(modules()[name].read_text("utf-8")))), **counts(name, rows)}
+            name: {"all": len([*faults(modules()[name].read_text("utf-8"))]), **counts(name, rows)}
             for name, rows in results.items()
         },
     }
