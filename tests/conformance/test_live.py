@@ -406,3 +406,22 @@ def test_a_live_device_that_cannot_be_played_is_refused() -> None:
     with pytest.raises(DeviceError, match="live=True plays cuda, mps, xpu, not hpu"):
         play("gaudi2", live=True).__enter__()
     assert DeviceContext().device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+@each_kind
+def test_gradients_flow_through_softmax_in_16_bits(
+    kind: str, function: Callable[..., torch.Tensor], dtype: torch.dtype
+) -> None:
+    values = torch.linspace(-1, 1, 6).reshape(2, 3)
+    plain = values.clone().requires_grad_()
+    function(plain, -1)[:, 0].sum().backward()
+    with play(LIVE[kind], live=True):
+        ctx = DeviceContext(precision="fp32")
+        there = ctx.to(values.to(dtype)).requires_grad_()
+        with torch.autocast(ctx.device.type, dtype):
+            function(there, -1)[:, 0].sum().backward()
+        assert there.grad is not None
+        assert plain.grad is not None
+        torch.testing.assert_close(there.grad.cpu().float(), plain.grad, atol=1e-2, rtol=1e-2)

@@ -261,10 +261,10 @@ class Shadow(torch.Tensor):
             kwargs.update(device=_HOST)
             kwargs.pop("pin_memory", None)
         args, kwargs = bare((args, kwargs))
-        if func in _SOFTMAX and args[2]:  # half to float in one kernel is for GPUs only
-            args = (args[0].float(), args[1], False)
         # Above autograd again, for `raw` has the graph; and past the modes, which saw the shadows.
         with enable_reentrant_dispatch(), torch._C._DisableTorchDispatch():
+            if func in _SOFTMAX and args[2]:  # half to float in one kernel is for GPUs only
+                args = (args[0].float(), args[1], False)
             out = func(*args, **kwargs)
             if func in _PRODUCTS:
                 out = _with_quirks(out, place)
