@@ -53,7 +53,7 @@ def _closed_over(function: types.FunctionType) -> list[Any]:
     return [*closed, *(one for one in named if isinstance(one, torch.nn.Module))]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache
 def _written(code: types.CodeType) -> set[str]:
     """The names of outer functions that it gives other values, such as a counter's."""
     return {one.argval for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"}

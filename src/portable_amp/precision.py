@@ -23,7 +23,7 @@ SPELLINGS: dict[object, str] = {
     "no": "fp32",
     "fp16": "fp16", "float16": "fp16", "16": "fp16", "16-mixed": "fp16", "half": "fp16",
     "bf16": "bf16", "bfloat16": "bf16", "bf16-mixed": "bf16",
-    False: "fp32", 32: "fp32", 16: "fp16",
+    False: "fp32",
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
 }  # fmt: skip
 
@@ -173,10 +173,9 @@ def common_plan(request: Precision, machines: Sequence[Capabilities]) -> Precisi
     if not machines:
         raise ValueError("common_plan needs the capabilities of at least one machine")
     plans = [choose(request, machine) for machine in machines]
-    first = plans[0]
-    if all(plan.dtype is first.dtype for plan in plans):
+    if len({plan.dtype for plan in plans}) == 1:
         # The reason may differ per rank; the first in the alphabet makes it the same on all.
-        return min(plans, key=lambda plan: (not plan.fell_back, plan.reason, plan.evidence))
+        return min(plans, key=lambda plan: (plan.reason, plan.evidence))
     wanted = parse_precision(request)
     seen = sorted({f"{machine.name}: {plan.name}" for machine, plan in zip(machines, plans)})  # noqa: B905
     for name in ("bf16", "fp16") if wanted == "auto" else ():
@@ -199,11 +198,12 @@ def _choose_auto(capabilities: Capabilities) -> PrecisionPlan:
     def plan(dtype: torch.dtype, reason: str) -> PrecisionPlan:
         return PrecisionPlan("auto", dtype, reason, capabilities.evidence)
 
-    native = [name for name in ("bf16", "fp16") if _obstacle(name, capabilities) is None]
+    obstacles = {name: _obstacle(name, capabilities) for name in ("bf16", "fp16")}
+    native = [name for name, why in obstacles.items() if why is None]
     if capabilities.bfloat16 is capabilities.float16 is Support.EMULATED:
         return plan(torch.float32, "bf16 and fp16 are emulated on this device, slower than fp32")
     if not native:
-        why = dict.fromkeys(_obstacle(name, capabilities) or "" for name in ("bf16", "fp16"))
+        why = dict.fromkeys(filter(None, obstacles.values()))
         return plan(torch.float32, "; ".join(why))
     if capabilities.mixed_precision_caveat:
         return plan(torch.float32, capabilities.mixed_precision_caveat)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 import torch
@@ -79,31 +80,33 @@ def test_spellings(value: object, expected: str) -> None:
     assert parse_precision(value) == expected  # type: ignore[arg-type]
 
 
+# What other libraries and YAML call something else, and what is said of it.
+OTHER_WORDS: dict[str, tuple[object, ...]] = {
+    "casts the model itself": ("16-true", "bf16-true", "transformer-engine"),
+    "multiply float32 matrices: 'fp32', and torch.set_float32_matmul_precision": (
+        "tf32", "TF32", "tensorfloat32", "TensorFloat-32",
+    ),
+    "the model's own dtype": (
+        "64", 64, "64-true", "fp64", "float64", "double", torch.float64, "torch.float64",
+    ),
+    "16 bits and no fewer": ("fp8", "float8", "8", 8, "int8", "int4", "fp4"),
+    "did you mean 'auto'": ("mixed", "amp", "mixed_precision", "on", "true", "yes"),
+    "did you mean 'fp32'": ("off", "false", "none"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("value", "why"),
     [
+        *((value, why) for why, values in OTHER_WORDS.items() for value in values),
         ("bf15", "did you mean 'bf16'"),
-        ("16-true", "casts the model itself"),
-        ("bf16-true", "casts the model itself"),
-        ("transformer-engine", "casts the model itself"),
         ("atuo", "did you mean 'auto'"),
         (0.5, r"it is no precision\. Use"),
         (1, "it is no precision"),
         (0, "it is no precision"),
         (1.0, "it is no precision"),
         ([], "it is no precision"),
-        (torch.float64, "the model's own dtype"),
         (torch.int8, "it is no precision"),
-        ("tf32", r"multiply float32 matrices: 'fp32', and torch.set_float32_matmul_precision"),
-        ("torch.float64", "the model's own dtype"),
-        ("double", "the model's own dtype"),
-        (64, "the model's own dtype"),
-        ("fp8", "16 bits and no fewer"),
-        ("int8", "16 bits and no fewer"),
-        (8, "16 bits and no fewer"),
-        ("mixed", "did you mean 'auto'"),
-        ("true", "did you mean 'auto'"),
-        ("none", "did you mean 'fp32'"),
         ("fp16-mixed", "did you mean 'fp16'"),
         (16.0, "it is no precision"),
         ({}, "it is no precision"),
@@ -155,6 +158,14 @@ def test_ranks_that_differ_take_what_all_can_do() -> None:
     assert common_plan("auto", [a100, cpu]).name == "fp32"
     assert common_plan("bf16", [a100, t4]).fell_back
     assert common_plan("fp16", [a100, t4]).name == "fp16"
+
+
+@pytest.mark.parametrize("change", [{"evidence": ("other",)}, {"bfloat16": Support.ABSENT}])
+def test_ranks_that_agree_tell_the_same_whatever_their_order(change: dict[str, Any]) -> None:
+    ranks = [machine("t4").capabilities, replace(machine("t4").capabilities, **change)]
+    plan, other = (choose("bf16", rank) for rank in ranks)
+    assert plan != other
+    assert common_plan("bf16", ranks) == common_plan("bf16", ranks[::-1])
 
 
 def test_ranks_without_mixed_precision_in_common() -> None:

@@ -63,7 +63,7 @@ def capabilities(*device_types: str) -> st.SearchStrategy[Capabilities]:
 
 def requests() -> st.SearchStrategy[Precision]:
     """Every spelling of a precision that is understood."""
-    return st.sampled_from(list(SPELLINGS))
+    return st.sampled_from([*SPELLINGS, 32, 16])
 
 
 def machines(*device_types: str) -> st.SearchStrategy[Machine]:
