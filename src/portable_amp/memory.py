@@ -85,7 +85,7 @@ def is_oom_error(error: BaseException) -> bool:
     >>> is_oom_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     False
     """
-    if isinstance(error, (MemoryError, *_OOM_TYPES)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     # An accelerator without a row of its own says its own name: "NPU out of memory".
     text = str(error)
@@ -93,13 +93,6 @@ def is_oom_error(error: BaseException) -> bool:
         " out of memory" in text or any(known in text for known in OUT_OF_MEMORY)
     )
 
-
-# torch.OutOfMemoryError came with 2.5; before, it had only its CUDA name.
-_OOM_TYPES = tuple(
-    kind
-    for kind in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError)  # noqa: PAM602
-    if kind is not None
-)
 
 # What fitted, by step and what it closes over: samples, by the elements of one sample. The more a
 # sample has the fewer fit, so that what fitted for smaller ones bounds what may fit for larger.

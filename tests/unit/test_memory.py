@@ -6,7 +6,8 @@ import functools
 import gc
 import weakref
 from collections import namedtuple
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -52,6 +53,13 @@ def test_pressure_decides() -> None:
         assert not played.asked("empty_cache")
         assert clear_cache(min_pressure=0.8) == 0
         assert played.asked("empty_cache")
+
+
+def test_a_cache_that_grows_meanwhile_gives_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = iter((1000, 1500))
+    with play("t4"):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: next(reserved))
+        assert clear_cache() == 0
 
 
 def test_without_statistics_pressure_never_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +120,7 @@ def test_out_of_memory_is_recognised(text: str) -> None:
 
 
 def test_out_of_memory_by_type() -> None:
+    assert is_oom_error(torch.OutOfMemoryError("anything"))
     assert is_oom_error(torch.cuda.OutOfMemoryError("anything"))
     assert is_oom_error(MemoryError())
 
@@ -373,12 +382,21 @@ def test_training_bounds_not_what_needs_no_gradients() -> None:
     assert sizes == [2, 1, 1, 2]
 
 
-def test_steps_are_not_remembered_for_ever() -> None:
-    before = {*memory._fitted}
-    for _ in range(300):
-        split_on_oom(functools.partial(Device(9).step), batch(2))
-    assert len(memory._fitted) <= 256
-    assert not before & {*memory._fitted}
+def tries(step: Any) -> int:
+    """How many parts it is given until all of them fit."""
+    step.tried = 0
+    split_on_oom(step, torch.arange(4))
+    return step.tried
+
+
+def test_the_steps_used_last_are_remembered_and_the_others_are_not() -> None:
+    first, second, third, *rest = (Step(2) for _ in range(257))  # one more than are kept
+    for step in (first, second, third, *rest[:-1]):
+        assert tries(step) == 3
+    assert tries(first) == 2  # known, and used again: the second is the oldest now
+    assert tries(rest[-1]) == 3
+    assert [tries(step) for step in (first, third, *rest)] == [2] * 256
+    assert tries(second) == 3
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -497,14 +515,36 @@ def test_what_cannot_be_cut_is_refused_and_not_repeated() -> None:
 
 class Step:
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.most, self.tried = most, 0
 
     def __call__(self, part: torch.Tensor, weight: float) -> int:
+        self.tried += 1
         if len(part) > self.most:
             raise MemoryError
         return len(part)
 
     run = __call__
+
+
+@dataclasses.dataclass
+class Options:
+    """A step that is data, too."""
+
+    most: int
+
+    def run(self, part: torch.Tensor, weight: float) -> int:
+        return Step(self.most)(part, weight)
+
+    __call__ = run
+
+
+class Row(NamedTuple):
+    """A step to which there are no weak references."""
+
+    most: int
+
+    def run(self, part: torch.Tensor, weight: float) -> int:
+        return Step(self.most)(part, weight)
 
 
 def sizes(step: Any) -> list[int]:
@@ -528,13 +568,47 @@ def test_each_step_has_a_size_of_its_own() -> None:
         lambda one: functools.partial(one.run), lambda one: of_a_function(of(one)),
         lambda one: of_a_function(functools.partial(lambda s, p, w: s(p, w), one)),
     ):  # fmt: skip
-        for step in (two, four, two):
-            first = sizes(make(step))
-            assert first == [step.most] * (8 // step.most)
-            # Known, though it is made anew: no larger part is tried.
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(memory, "is_oom_error", lambda error: pytest.fail("tried again"))
-                assert sizes(make(step)) == first
+        each_has_its_own(two, four, make)
+    options, row = (Options(2), Options(4)), (Row(2), Row(4))
+    each_has_its_own(*options, lambda one: one)
+    each_has_its_own(*options, lambda one: one.run)
+    each_has_its_own(*row, lambda one: one.run)
+
+
+def each_has_its_own(two: Any, four: Any, make: Callable[[Any], Any]) -> None:
+    for step in (two, four, two):
+        first = sizes(make(step))
+        assert first == [step.most] * (8 // step.most)
+        # Known, though it is made anew: no larger part is tried.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "is_oom_error", lambda error: pytest.fail("tried again"))
+            assert sizes(make(step)) == first
+
+
+class Masked(Step):
+    def __call__(self, mask: Any, part: torch.Tensor, weight: float) -> int:  # type: ignore[override]
+        return super().__call__(part, weight)
+
+
+def test_what_is_made_anew_for_each_batch_is_no_other_step() -> None:
+    one = Masked(2)
+
+    def default(mask: Any) -> Any:
+        def step(part: torch.Tensor, weight: float, mask: Any = mask) -> int:
+            return one(mask, part, weight)
+
+        return step
+
+    for make in (
+        lambda mask: functools.partial(one, mask),
+        lambda mask: functools.partial(one.__call__, mask),
+        lambda mask: lambda part, weight: one(mask, part, weight),
+        default,
+    ):
+        one.tried = 0
+        for mask in (torch.ones(2), Sequence(torch.ones(2), []), [torch.ones(2)], 2.5, "a name"):
+            split_on_oom(make(mask), torch.arange(8))
+        assert one.tried == 2 + 5 * 4  # 8 and 4 are tried once
 
 
 def test_the_next_object_at_the_same_place_is_another() -> None:
@@ -588,6 +662,7 @@ def test_statistics_of_a_pass_that_failed_are_undone_without_being_told_of(way: 
     assert int(model.norm.num_batches_tracked) == 2
     for expected, got in zip(plain.buffers(), model.buffers(), strict=True):
         assert torch.equal(expected, got)
+    assert vars(model).keys() == vars(plain).keys()
 
 
 def test_statistics_are_undone_in_inference_mode() -> None:
