@@ -86,7 +86,8 @@ def look_up(device: str | torch.device) -> tuple[str, Capabilities | None]:
     count = backend_for(named.type).count()
     if not count:
         return named.type, None
-    return named.type, probe(named if (named.index or 0) < count else named.type)
+    there = named.index is None or named.index < count
+    return named.type, probe(named if there else named.type)
 
 
 @functools.cache
@@ -144,14 +145,14 @@ def _derive_nvidia(hw: Hardware) -> Capabilities:
     cc = hw.compute_capability or (0, 0)
     # Source: CUDA C Programming Guide, arithmetic throughput: half precision runs at twice the
     # float32 rate on 5.3, 6.0, 6.2 and from 7.0 on, and at 1/64 of it on 6.1.
-    fast_half = cc >= (7, 0) or cc in {(5, 3), (6, 0), (6, 2)}
+    fast_half = cc[0] >= 7 or cc in {(5, 3), (6, 0), (6, 2)}
     broken_half = cc == (7, 5) and bool(_WITHOUT_TENSOR_CORES.search(hw.name))
     evidence = [f"{hw.name}, compute capability {cc[0]}.{cc[1]}"]
     if broken_half:
         evidence.append("fp16 autocast gives NaN on Turing cards without tensor cores")
     # Source: torch.cuda.is_bf16_supported (2.4 to 2.15) also answers True where bf16 is emulated;
     # its own test for native support is the one below. cuDNN has no bf16 convolution under sm80.
-    native_bf16 = cc >= (8, 0)
+    native_bf16 = cc[0] >= 8
     if not native_bf16:
         evidence.append("bf16 is emulated below compute capability 8.0, and slower than fp32")
     return _assemble(
@@ -196,9 +197,9 @@ def _derive_mps(hw: Hardware) -> Capabilities:
     # Source: torch's release notes and source: fp16 autocast on MPS since 2.5, bf16 since 2.6 and
     # macOS 14; the kernels GradScaler needs since 2.8.
     fp16 = hw.torch_version >= (2, 5)
-    has_bf16 = (hw.macos or (0, 0)) >= (14, 0)
+    macos = hw.macos or (0, 0)
+    has_bf16 = macos[0] >= 14
     bf16 = hw.torch_version >= (2, 6) and has_bf16
-    mac = "macOS {}.{}".format(*(hw.macos or (0, 0)))
     return _assemble(
         hw,
         float16=Support.NATIVE if fp16 else Support.ABSENT,
@@ -208,7 +209,7 @@ def _derive_mps(hw: Hardware) -> Capabilities:
         lacks=() if has_bf16 else (torch.bfloat16,),
         caveat="torch's autocast covers only part of its operations on MPS",
         evidence=[
-            f"{mac}, torch {hw.torch_version[0]}.{hw.torch_version[1]}",
+            f"macOS {macos[0]}.{macos[1]}, torch {hw.torch_version[0]}.{hw.torch_version[1]}",
             "MPS autocast needs torch 2.5 for fp16, torch 2.6 and macOS 14 for bf16; "
             "a gradient scaler needs torch 2.8",
         ],

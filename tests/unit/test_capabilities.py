@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portable_amp import Capabilities, MachineError, Support, choose, probe
-from portable_amp.capabilities import derive
+from portable_amp import Capabilities, MachineError, Support, backends, choose, probe
+from portable_amp.backends import Hardware
+from portable_amp.capabilities import derive, look_up
 from portable_amp.testing import MACHINES, machine
 from portable_amp.traps import traps_for
 from support import playing
@@ -22,6 +24,7 @@ from support import playing
         ((5, 3), Support.NATIVE, Support.EMULATED),
         ((6, 0), Support.NATIVE, Support.EMULATED),
         ((6, 1), Support.EMULATED, Support.EMULATED),
+        ((6, 2), Support.NATIVE, Support.EMULATED),
         ((7, 0), Support.NATIVE, Support.EMULATED),
         ((7, 5), Support.NATIVE, Support.EMULATED),
         ((8, 0), Support.NATIVE, Support.NATIVE),
@@ -114,6 +117,7 @@ def test_amd(arch: str, bf16: Support) -> None:
         ((2, 5), (15, 0), Support.NATIVE, Support.ABSENT, False),
         ((2, 6), (13, 6), Support.NATIVE, Support.ABSENT, False),
         ((2, 6), (14, 0), Support.NATIVE, Support.NATIVE, False),
+        ((2, 7), (14, 0), Support.NATIVE, Support.NATIVE, False),
         ((2, 8), (14, 0), Support.NATIVE, Support.NATIVE, True),
     ],
 )
@@ -137,8 +141,6 @@ def test_every_machine_has_evidence() -> None:
 def test_a_device_is_read_once() -> None:
     reads = []
     with playing("t4", count=2):
-        from portable_amp import backends
-
         row = backends.backend_for("cuda")
         object.__setattr__(
             row, "read", lambda device: reads.append(device) or machine("t4").hardware
@@ -147,6 +149,37 @@ def test_a_device_is_read_once() -> None:
             probe("cuda:0")
             probe("cuda:1")
     assert [str(device) for device in reads] == ["cuda:0", "cuda:1"]
+
+
+def test_facts_are_looked_up_of_the_device_that_is_named_or_of_its_kind() -> None:
+    reads: list[str] = []
+
+    def read(device: torch.device) -> Hardware:
+        reads.append(str(device))
+        return replace(machine("t4").hardware, name=f"card {device.index}")
+
+    with playing("t4", count=2):
+        object.__setattr__(backends.backend_for("cuda"), "read", read)
+        torch.cuda.set_device(1)
+        for name, card in (("cuda:0", 0), ("cuda:1", 1), ("cuda", 1), ("cuda:2", 1)):
+            kind, can = look_up(name)
+            assert can is not None
+            assert (kind, can.name) == ("cuda", f"card {card}")
+    with playing("cpu"):
+        assert look_up("cuda:0") == ("cuda", None)
+        assert look_up("cpu") == ("cpu", probe("cpu"))
+
+
+def test_facts_are_for_good_and_what_nobody_says_is_no() -> None:
+    can = Capabilities("npu", "Card", NATIVE, ABSENT, None, autocast=True, grad_scaler=True)
+    assert (can.missing_dtypes, can.evidence, can.total_memory) == ((), (), None)
+    assert (can.autocast_float32, can.mixed_precision_caveat) == (False, "")
+    with pytest.raises(FrozenInstanceError):
+        can.autocast = False  # type: ignore[misc]
+
+
+def test_support_is_its_word() -> None:
+    assert json.loads(json.dumps([*Support])) == ["native", "emulated", "absent"]
 
 
 def test_an_unknown_machine_is_told_the_nearest() -> None:
@@ -296,6 +329,7 @@ def test_what_a_vendors_module_says(said: bool | None, support: Support) -> None
 def test_readings_that_are_missing() -> None:
     nvidia = derive(replace(machine("a100").hardware, compute_capability=None))
     assert (nvidia.float16, nvidia.bfloat16) == (EMULATED, EMULATED)
+    assert nvidia.evidence[0] == "NVIDIA A100-SXM4-40GB, compute capability 0.0"
     mac = derive(replace(machine("m2-macos14").hardware, macos=None))
     assert (mac.float16, mac.bfloat16) == (NATIVE, ABSENT)
     assert mac.evidence[0] == "macOS 0.0, torch 2.15"
