@@ -33,8 +33,7 @@ _MODES = (
     "backends.cudnn.fp32_precision", "backends.cudnn.conv.fp32_precision",
     "backends.cudnn.rnn.fp32_precision", "backends.mkldnn.fp32_precision",
     "backends.mkldnn.matmul.fp32_precision", "backends.mkldnn.conv.fp32_precision",
-    "backends.mkldnn.rnn.fp32_precision", "backends.cuda.matmul.allow_tf32",
-    "backends.cudnn.allow_tf32", "backends.mkldnn.allow_tf32",
+    "backends.mkldnn.rnn.fp32_precision", "backends.cudnn.allow_tf32",
     "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
     "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
     "backends.cuda.matmul.allow_fp16_accumulation", "backends.mkldnn.enabled",
@@ -64,7 +63,7 @@ def signature(
     """A key for all that a measurement depends on."""
     facts = (
         _model(model),
-        [_lies(("", one)) for one in tensors_in(batch)],
+        [_lies(one) for one in tensors_in(batch)],
         _computes(loss),
         (str(dtype), compiled),
         (capabilities.name, capabilities.device_type, capabilities.evidence),
@@ -72,7 +71,7 @@ def signature(
         (torch.__version__, torch.get_num_threads(), os.cpu_count(), "5"),
     )
     text = re.sub(r"\b0x[0-9a-fA-F]+", "", json.dumps(facts, default=repr))  # addresses
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def numeric_modes() -> list[str]:
@@ -101,7 +100,8 @@ def _model(model: torch.nn.Module) -> Any:
         (name, module.extra_repr(), _functions(module.forward), *_settings(module))
         for name, module in model.named_modules()
     ]
-    return modules, [_lies(one) for one in model.state_dict(keep_vars=True).items()]
+    state = model.state_dict(keep_vars=True)
+    return modules, [(name, *_lies(one)) for name, one in state.items()]
 
 
 def _settings(thing: Any) -> tuple[Any, ...]:
@@ -139,20 +139,19 @@ def _holds(one: Any) -> Any:
     if isinstance(one, torch.nn.Module):
         return _model(one)
     if isinstance(one, torch.Tensor):
-        return _lies(("", one))
+        return _lies(one)
     if isinstance(one, type) or not callable(one):
         return repr(one) if _plain(one) else getattr(one, "__qualname__", type(one).__qualname__)
     # It is called: an object with `__call__`, or a function that is not written in Python.
     return _functions(type(one).__call__) or repr(one), _settings(one)
 
 
-def _lies(named: tuple[str, Any]) -> tuple[Any, ...]:
+def _lies(one: Any) -> tuple[Any, ...]:
     """What a tensor is like, but for its values."""
-    name, one = named
     if not isinstance(one, torch.Tensor) or torch.nn.parameter.is_lazy(one):
-        return name, type(one).__qualname__
+        return (type(one).__qualname__,)
     strides = one.stride() if one.layout is torch.strided else one.layout
-    return name, [*one.shape], str(one.dtype), one.requires_grad, repr(strides)
+    return [*one.shape], str(one.dtype), one.requires_grad, repr(strides)
 
 
 def cache_folder() -> Path:
@@ -166,7 +165,7 @@ def recall(key: str) -> PrecisionPlan | None:
     """A plan that was kept; None where there is none that can be read."""
     try:
         path = cache_folder() / f"{key}.json"
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(path.read_bytes())
         chunk, compiled, evidence = data["chunk"], data["compiled"], data["evidence"]
         if (
             not (chunk is None or (type(chunk) is int and chunk > 0))
@@ -211,4 +210,4 @@ def keep(key: str, plan: PrecisionPlan) -> None:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / f"{key}.json") as new:
-            new.write_text(json.dumps(data), encoding="utf-8")
+            new.write_bytes(json.dumps(data).encode())

@@ -39,7 +39,7 @@ from portable_amp import (
 )
 from portable_amp.backends import backend_for
 from portable_amp.distributed import of_rank_0
-from portable_amp.plan_cache import CACHE_VARIABLE, numeric_modes, recall, signature
+from portable_amp.plan_cache import cache_folder, keep, numeric_modes, recall, signature
 from portable_amp.testing import machine
 from portable_amp.tuning import Candidate, _Result, decide, differs, gain, mean_square, tune
 from support import playing
@@ -47,8 +47,8 @@ from support import playing
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "plans"))
-    return tmp_path / "plans"
+    monkeypatch.setenv("PORTABLE_AMP_CACHE", str(tmp_path / "of/mine" / "plans"))
+    return tmp_path / "of/mine" / "plans"
 
 
 class Clock:
@@ -430,7 +430,7 @@ def test_a_cache_that_cannot_be_written_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "plans"))
+    monkeypatch.setenv("PORTABLE_AMP_CACHE", str(tmp_path / "file" / "plans"))
     assert context().tuned(nn.Linear(4, 2), torch.ones(3, 4)).plan.request == "tuned"
 
 
@@ -771,7 +771,7 @@ def test_a_kept_plan_of_other_types_is_none(cache: Path, change: dict[str, Any])
         "request": "tuned", "dtype": "fp32", "layout": "contiguous", "reason": "", "evidence": [],
         "chunk": None, "compiled": False,
     }  # fmt: skip
-    cache.mkdir()
+    cache.mkdir(parents=True)
     (cache / "key.json").write_text(json.dumps(good))
     assert recall("key")
     (cache / "key.json").write_text(json.dumps({**good, **change}))
@@ -786,7 +786,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.delenv("PORTABLE_AMP_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     assert context().tuned(nn.Linear(4, 2), torch.ones(3, 4)).plan.settled
@@ -825,6 +825,7 @@ CHANGES: dict[str, Callable[[], str]] = {
     "a layer's size": lambda: key(lambda model: model.__setitem__(6, nn.Linear(8, 4))),
     "the batch's size": lambda: key(batch=torch.ones(3, 3, 8, 8)),
     "the batch's dtype": lambda: key(batch=IMAGES.double()),
+    "a sparse batch": lambda: key(batch=IMAGES.to_sparse()),
     "the batch's layout": lambda: key(batch=IMAGES.to(memory_format=torch.channels_last)),
     "another tensor": lambda: key(batch=(IMAGES, torch.ones(2))),
     "the loss": lambda: key(loss=other_loss),
@@ -852,8 +853,8 @@ def closing_over(held: Any) -> Callable[..., torch.Tensor]:
 
 
 class Scaled:
-    def __init__(self, by: float) -> None:
-        self.by = by
+    def __init__(self, by: Any, and_by: Any = 1.0) -> None:
+        self.by, self.and_by = by, and_by
 
     def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
         return mean_square(model, batch) * self.by
@@ -877,6 +878,12 @@ def by_default(model: nn.Module, batch: Any, *, by: float = 1.0) -> torch.Tensor
     return mean_square(model, batch) * by
 
 
+def written(module: str, what: str) -> Callable[..., torch.Tensor]:
+    scope: dict[str, Any] = {"__name__": module}
+    exec(f"def loss(model, batch): return {what}", scope)
+    return scope["loss"]  # type: ignore[no-any-return]
+
+
 LOSSES: dict[str, list[Any]] = {
     "a partial's arguments": [partial(by_default, by=1.0), partial(by_default, by=2.0)],
     "a partial's function": [partial(mean_square), partial(other_loss)],
@@ -889,6 +896,13 @@ LOSSES: dict[str, list[Any]] = {
     "a tensor's shape": [closing_over(torch.ones(n)) for n in (2, 3)],
     "a nested function": [nested(1), nested(2)],
     "a setting of what is called": [Scaled(1.0), Scaled(2.0)],
+    "which setting it is": [Scaled(1.0, 2.0), Scaled(2.0, 1.0)],
+    **{f"a setting, {one!r} or {other!r}": [Scaled(one), Scaled(other)] for one, other in (
+        (False, True), (1, 2), (1j, 2j), ("a", "b"), (b"a", b"b"), (None, [1]))},
+    "the name of a partial's argument": [partial(by_default, by=1.0), partial(by_default, at=1.0)],
+    "the class that it closes over": [closing_over(Scaled), closing_over(Halved)],
+    "the class of what it closes over": [closing_over([1]), closing_over((1,))],
+    "the module of a function": [written(module, "model(batch)") for module in "ab"],
     "the class of what is called": [Scaled(1.0), Halved(1.0)],
     "the class of a method's object": [Scaled(1.0).method, Halved(1.0).method],
     "a function that is not Python's": [closing_over(max), closing_over(min)],
@@ -927,42 +941,156 @@ def test_the_key_has_each_part(part: str) -> None:
     assert CHANGES[part]() != key()
 
 
-SWITCHES: list[tuple[str, Callable[[Any], object], Callable[[], Any], Any]] = [
-    ("matmul precision", torch.set_float32_matmul_precision,
-     torch.get_float32_matmul_precision, "high"),
-    ("deterministic", torch.use_deterministic_algorithms,
-     torch.are_deterministic_algorithms_enabled, True),
-    ("default dtype", torch.set_default_dtype, torch.get_default_dtype, torch.float64),
-    ("anomaly", torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled, True),
-    ("flash attention", torch.backends.cuda.enable_flash_sdp,
-     torch.backends.cuda.flash_sdp_enabled, False),
-    *((f"{where.__name__}.{name}", partial(setattr, where, name), partial(getattr, where, name),
-       value)
-      for where, name, value in (
-          (torch.backends.cudnn, "benchmark", True),
-          (torch.backends.cudnn, "deterministic", True),
-          (torch.backends.cudnn, "enabled", False),
-          (torch.backends.cudnn, "allow_tf32", False),
-      )),
-]  # fmt: skip
+class Named(nn.Module):
+    """The same layers and weights under other names, of which one is used."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name, held in zip(names, (nn.ReLU(), nn.Tanh()), strict=True):
+            setattr(self, name, held)
+            setattr(self, f"weight_{name}", nn.Parameter(torch.ones(2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) * self.weight_one
+
+
+class Tanh(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh()
+
+
+class Weights(nn.Module):
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Parameter(torch.ones(2)))
+
+
+def test_the_key_has_the_names_and_the_code_of_a_model() -> None:
+    def of(model: nn.Module) -> str:
+        return signature(model, IMAGES, context().capabilities, loss=mean_square)
+
+    assert of(Named("one", "two")) == of(Named("one", "two")) != of(Named("two", "one"))
+    assert of(Weights("one", "two")) != of(Weights("two", "one"))
+    plain = of(Tanh())
+    with pytest.MonkeyPatch.context() as patch:  # as a notebook's cell that is run again
+        patch.setattr(Tanh, "forward", lambda self, x: x.sigmoid())
+        assert of(Tanh()) != plain
+
+
+def at(name: str) -> tuple[Any, str]:
+    """What is set below torch, and the last part of its name."""
+    *parts, last = name.split(".")
+    where: Any = torch
+    for part in parts:
+        where = getattr(where, part, None)
+    return where, last
+
+
+# What torch computes with: its name when it is read, how it is set where that is a function.
+SWITCHES: dict[str, Any] = {
+    "get_default_dtype": (torch.set_default_dtype, torch.float64),
+    "are_deterministic_algorithms_enabled": (torch.use_deterministic_algorithms, True),
+    "is_deterministic_algorithms_warn_only_enabled": (
+        lambda to: torch.use_deterministic_algorithms(to, warn_only=to), True),
+    "is_anomaly_enabled": (torch.autograd.set_detect_anomaly, True),
+    "get_float32_matmul_precision": (torch.set_float32_matmul_precision, "high"),
+    **{f"backends.cuda.{name}_sdp_enabled": (getattr(torch.backends.cuda, f"enable_{name}_sdp"),
+                                             False)
+       for name in ("flash", "mem_efficient", "math", "cudnn")
+       if hasattr(torch.backends.cuda, f"enable_{name}_sdp")},
+    **{f"backends.{name}fp32_precision": (None, "ieee")
+       for name in ("", "cuda.matmul.", "cudnn.", "cudnn.conv.", "cudnn.rnn.", "mkldnn.",
+                    "mkldnn.matmul.", "mkldnn.conv.", "mkldnn.rnn.")},
+    **{f"backends.{name}": (None, value)
+       for name, value in (
+           ("cuda.matmul.allow_fp16_reduced_precision_reduction", False),
+           ("cuda.matmul.allow_bf16_reduced_precision_reduction", False),
+           ("cuda.matmul.allow_fp16_accumulation", True), ("mkldnn.enabled", False),
+           ("mkldnn.deterministic", True), ("cudnn.enabled", False), ("cudnn.benchmark", True),
+           ("cudnn.deterministic", True), ("cudnn.allow_tf32", False))},
+}  # fmt: skip
+
+
+def told_of(name: str) -> list[str]:
+    return [line for line in numeric_modes() if line.startswith(f"{name}=")]
+
+
+@pytest.mark.parametrize("name", [name for name in SWITCHES if hasattr(*at(name))])
+def test_the_key_has_each_numeric_mode(name: str) -> None:
+    setter, value = SWITCHES[name]
+    where, last = at(name)
+    set_to, before = setter or partial(setattr, where, last), getattr(where, last)
+    before = before() if callable(before) else before
+    if value == before:  # other settings, once they are said, set it too
+        value = "tf32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old names
+        plain, all_plain = told_of(name), key()
+        set_to(value)
+        try:
+            assert told_of(name) != plain
+            assert key() != all_plain
+        finally:
+            set_to(before)
+    assert told_of(name) == plain
+
+
+@pytest.mark.parametrize("name", ["preferred_linalg_library", "preferred_blas_library"])
+def test_the_key_has_each_preferred_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.backends.cuda, name):
+        return  # 2.4
+    plain = key()
+    monkeypatch.setattr(torch.backends.cuda, name, lambda: "other")
+    assert key() != plain
 
 
 @pytest.mark.parametrize(
-    ("name", "set_to", "read", "value"), SWITCHES, ids=[s[0] for s in SWITCHES]
+    "name",
+    [
+        # torch's own; those of cuBLAS and of NVIDIA's libraries; oneDNN's, by its two names.
+        *("ATEN_CPU_CAPABILITY", "PYTORCH_MPS_FAST_MATH", "PYTORCH_MPS_PREFER_METAL"),
+        *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
+        *("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"),
+        *("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA"),
+    ],
 )
-def test_the_key_has_each_numeric_mode(
-    name: str, set_to: Callable[[Any], object], read: Callable[[], Any], value: Any
+def test_the_key_has_what_libraries_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = key()
+    monkeypatch.setenv(name, "other")
+    assert key() != plain
+
+
+def test_plans_are_kept_where_the_user_says_or_caches_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    before = read()
-    assert before != value
-    set_to(before)  # said, where it was a default
-    plain = numeric_modes()
-    set_to(value)
-    try:
-        assert numeric_modes() != plain
-    finally:
-        set_to(before)
-    assert numeric_modes() == plain
+    assert cache_folder() == tmp_path / "of/mine" / "plans"
+    monkeypatch.delenv("PORTABLE_AMP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "portable-amp"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert cache_folder() == tmp_path / ".cache" / "portable-amp"
+
+
+@given(
+    st.builds(
+        PrecisionPlan,
+        request=st.sampled_from(["tuned", "tuned fp32"]),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        reason=st.text(max_size=5),
+        evidence=st.lists(st.text(max_size=5), max_size=2).map(tuple),
+        memory_format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+        chunk=st.none() | st.integers(1, 4),
+        compiled=st.booleans(),
+    )
+)
+def test_a_plan_that_is_kept_is_the_same_when_recalled(plan: PrecisionPlan) -> None:
+    keep("law", plan)
+    again = recall("law")
+    assert again is not None
+    assert again.reason.startswith(plan.reason)
+    assert dataclasses.replace(again, reason=plan.reason) == plan
 
 
 def test_the_key_has_onednn_threads_and_what_the_environment_says(
@@ -978,6 +1106,9 @@ def test_the_key_has_onednn_threads_and_what_the_environment_says(
     assert key() != plain
     monkeypatch.undo()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert key() != plain
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "cpu_count", lambda: 77)
     assert key() != plain
     monkeypatch.undo()
     monkeypatch.setattr(torch, "__version__", "3.0.0")
