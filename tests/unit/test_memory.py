@@ -22,7 +22,7 @@ from portable_amp import (
     memory_stats,
     split_on_oom,
 )
-from portable_amp.backends import MemoryStats
+from portable_amp.backends import MemoryStats, backend_for
 from portable_amp.testing import play
 
 
@@ -60,6 +60,23 @@ def test_a_cache_that_grows_meanwhile_gives_nothing_back(monkeypatch: pytest.Mon
     with play("t4"):
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: next(reserved))
         assert clear_cache() == 0
+
+
+@pytest.mark.parametrize("unknown", [0, 1])
+def test_what_cannot_be_told_before_or_after_is_not(
+    monkeypatch: pytest.MonkeyPatch, unknown: int
+) -> None:
+    reads: list[MemoryStats] = []
+
+    def read(device: torch.device) -> MemoryStats:
+        reads.append(MemoryStats(reserved=None if len(reads) == unknown else 1000))
+        return reads[-1]
+
+    with play("t4") as played:
+        object.__setattr__(backend_for("cuda"), "memory", read)
+        assert clear_cache() is None
+        assert len(reads) == 2
+        assert played.asked("empty_cache")
 
 
 def test_without_statistics_pressure_never_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,11 +262,31 @@ def test_half_added_gradients_are_never_kept_silently() -> None:
         split_on_oom(device.step, batch(4))
 
 
-def test_several_processes_do_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_do_not_split_and_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="out of memory"):
         split_on_oom(Device(2).step, batch(4))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert len(split_on_oom(Device(2).step, batch(4))) == 2
+
+
+def backward(part: torch.Tensor, weight: float) -> int:
+    """Of that name, and of no autograd."""
+    if len(part) > 1:
+        raise MemoryError
+    return len(part)
+
+
+def test_what_only_looks_like_a_backward_pass_needs_no_parameters() -> None:
+    class Runs(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            backward(x, 1.0)
+            return x.clone()
+
+    assert split_on_oom(backward, torch.ones(2)) == [1, 1]
+    split_on_oom(lambda part, weight: Runs.apply(part), torch.ones(2))
 
 
 def test_the_failed_step_is_gone_before_the_next_attempt() -> None:
@@ -308,8 +345,9 @@ def test_a_first_size_bounds_the_parts_and_is_not_remembered() -> None:
 
     split_on_oom(step, torch.zeros(5), size=2)
     split_on_oom(step, torch.zeros(5))
-    split_on_oom(step, torch.zeros(2), size=9)
-    assert sizes == [2, 2, 1, 5, 2]
+    split_on_oom(step, torch.zeros(2), size=1)
+    assert split_on_oom(lambda part, weight: weight, torch.zeros(2), size=9) == [1.0]
+    assert sizes == [2, 2, 1, 5, 1, 1]
     with pytest.raises(ValueError, match="size=0"):
         split_on_oom(step, torch.zeros(2), size=0)
 
@@ -363,8 +401,10 @@ def test_what_fitted_bounds_larger_samples_and_not_smaller_ones() -> None:
 
     for width in (10, 5, 20):
         split_on_oom(step, torch.zeros(8, width))
+    split_on_oom(step, torch.zeros(16, 5))  # not larger, though there is more of it
     assert sizes == [
-        *((8, 10), (4, 10), (4, 10)), (8, 5), *((4, 20), (2, 20), (2, 20), (2, 20), (2, 20))
+        *((8, 10), (4, 10), (4, 10)), (8, 5), *((4, 20), (2, 20), (2, 20), (2, 20), (2, 20)),
+        *((16, 5), (8, 5), (8, 5)),
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from portable_amp import Support, UnsupportedPrecisionError, choose, common_plan
-from portable_amp.precision import parse_precision
+from portable_amp.precision import parse_dtype, parse_precision
 from portable_amp.testing import MACHINES, Machine, machine
 
 # machine: what "auto", "fp16" and "bf16" become there
@@ -127,6 +127,19 @@ def test_a_refused_request_names_what_works_here() -> None:
     assert plan.reason == "bf16 is emulated on this device, slower than fp32; fp16 works here"
 
 
+def test_a_refused_request_names_nothing_where_nothing_works() -> None:
+    plan = choose("bf16", machine("gtx1080").capabilities)
+    assert plan.reason == "bf16 is emulated on this device, slower than fp32"
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [("bf16", torch.bfloat16), ("auto", None), (16, torch.float16), (torch.float64, torch.float64)],
+)
+def test_the_dtype_of_a_spelling(value: Any, dtype: torch.dtype | None) -> None:
+    assert parse_dtype(value) is dtype
+
+
 def test_fp16_needs_a_scaler_that_exists() -> None:
     can = replace(machine("m2-macos14").capabilities, grad_scaler=False)
     plan = choose("fp16", can)
@@ -137,6 +150,7 @@ def test_fp16_needs_a_scaler_that_exists() -> None:
 def test_a_plan_is_for_good_and_says_nothing_that_was_not_measured() -> None:
     plan = choose("auto", machine("a100").capabilities)
     assert (plan.tuned, plan.chunk, plan.compiled, plan.fell_back) == (False, None, False, False)
+    assert (plan.request, plan.settled) == ("auto", True)
     assert plan.memory_format is torch.contiguous_format
     assert [replace(plan, request=words).tuned for words in ("tuned", "tuned fp32")] == [True] * 2
     with pytest.raises(FrozenInstanceError):
@@ -156,6 +170,7 @@ def test_ranks_that_differ_take_what_all_can_do() -> None:
     assert not mixed.fell_back
     assert mixed.evidence == ("NVIDIA A100-SXM4-40GB: bf16", "Tesla T4: fp16")
     assert common_plan("auto", [a100, cpu]).name == "fp32"
+    assert not common_plan("auto", [a100, cpu]).fell_back
     assert common_plan("bf16", [a100, t4]).fell_back
     assert common_plan("fp16", [a100, t4]).name == "fp16"
 
