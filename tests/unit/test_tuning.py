@@ -125,6 +125,25 @@ def test_a_precision_that_was_asked_for_is_kept() -> None:
             DeviceContext("cpu", precision="bf16").tuned(Fussy("fails"), torch.ones(3, 4))
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "names"),
+    [
+        ("a100", {}, "fp32 bf16 fp16"),
+        ("a100", {"grad_scaler": False}, "fp32 bf16"),
+        ("a100", {"autocast": False, "grad_scaler": False}, "fp32"),
+        ("rx6800", {}, "fp32 fp16"),  # bf16 is absent
+        ("t4", {}, "fp32 bf16 fp16"),  # bf16 is emulated, and may be faster all the same
+        ("cpu-avx512bf16", {}, "fp32 bf16"),  # fp16 is emulated
+    ],
+)
+def test_what_is_worth_a_measurement(key: str, change: dict[str, Any], names: str) -> None:
+    can = dataclasses.replace(machine(key).capabilities, **change)
+    found = [one.name for one in tuning.candidates(nn.Linear(4, 2), can)]
+    assert found == [f"{name} contiguous" for name in names.split()]
+    images = [one.name for one in tuning.candidates(nn.Conv2d(3, 8, 3), can)]
+    assert images == found + [name.replace("contiguous", "channels_last") for name in found]
+
+
 def test_a_model_without_images_has_one_layout() -> None:
     tuned = context().tuned(nn.Linear(4, 2), torch.randn(3, 4))
     assert not any("channels_last" in line for line in tuned.plan.evidence)
@@ -598,6 +617,13 @@ def test_a_busy_processor_settles_nothing(clock: Clock, cache: Path) -> None:
 def test_gains_are_paired(base: list[float], other: list[float], told: tuple[float, ...]) -> None:
     found = gain(base, other)
     assert (found.median, found.low, found.high) == pytest.approx(told)
+
+
+def test_a_gain_is_for_good_and_never_more_than_a_million() -> None:
+    found = gain([1e9] * 5, [1e-9] * 5)
+    assert found.median == found.low == found.high == pytest.approx(1e6, rel=1e-9)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.median = 1.0  # type: ignore[misc]
 
 
 @given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), max_size=25))
@@ -1178,7 +1204,13 @@ def test_weights_of_16_bits_have_no_fp32_to_compare_with(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    "model", [nn.LazyLinear(2), nn.Linear(4, 2, device="meta")], ids=["lazy", "meta"]
+    "model",
+    [
+        nn.LazyLinear(2),
+        nn.LazyBatchNorm1d(affine=False),  # lazy in its buffers alone
+        nn.Linear(4, 2, device="meta"),
+    ],
+    ids=["lazy", "lazy-buffers", "meta"],
 )
 def test_a_model_without_weights_is_refused(model: nn.Module) -> None:
     with pytest.raises(RuntimeError, match=r"cannot be measured: .*(lazy|meta)"):
