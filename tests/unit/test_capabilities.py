@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from portable_amp import Capabilities, MachineError, Support, backends, choose, probe
 from portable_amp.backends import Hardware
-from portable_amp.capabilities import derive, look_up
+from portable_amp.capabilities import derive, look_up, look_up_awake
 from portable_amp.testing import MACHINES, machine
 from portable_amp.traps import traps_for
 from support import playing
@@ -168,6 +168,8 @@ def test_facts_are_looked_up_of_the_device_that_is_named_or_of_its_kind() -> Non
     with playing("cpu"):
         assert look_up("cuda:0") == ("cuda", None)
         assert look_up("cpu") == ("cpu", probe("cpu"))
+    with playing("m2-macos14"):  # whose module in torch does not say whether it is initialised
+        assert look_up_awake("mps") == look_up("mps") == ("mps", probe("mps"))
 
 
 def test_facts_are_for_good_and_what_nobody_says_is_no() -> None:
