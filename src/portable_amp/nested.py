@@ -153,7 +153,7 @@ def _fields(value: Any) -> tuple[str, ...]:
 
 def is_container(value: Any) -> bool:
     """Whether tensors are looked for in it."""
-    kinds = (list, tuple, Mapping, MutableSequence, Set)
+    kinds = (tuple, Mapping, MutableSequence, Set)  # a list is a MutableSequence
     return isinstance(value, (*kinds, PackedSequence)) or bool(_fields(value))
 
 
@@ -184,7 +184,7 @@ def _rebuilt(change: Callable[[Any], Any], value: Any) -> Any:
         if not isinstance(value, MutableMapping):
             return _made(value, content)
         return _filled(value, content, content.items())
-    if isinstance(value, (list, MutableSequence)):
+    if isinstance(value, MutableSequence):
         items = [_map(change, item) for item in value]
         if type(value) is list:
             return items

@@ -22,7 +22,7 @@ from portable_amp import DeviceContext, PrecisionFallbackWarning
 from portable_amp.nested import held_by, slice_of, tensors_in
 from portable_amp.notices import forget as forget_notices
 from portable_amp.testing import play, shadow
-from portable_amp.transfer import to_device
+from portable_amp.transfer import seed_worker, to_device
 from support import playing
 
 Pair = namedtuple("Pair", "image label")
@@ -630,3 +630,72 @@ def test_the_guard_of_devices_is_put_back_even_after_an_error() -> None:
             assert list(slots) != before
             raise KeyError
         assert list(slots) == before
+
+
+def test_every_seed_of_a_worker_is_another_one_for_numpy_and_python() -> None:
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    drawn: list[tuple[float, float]] = []
+    seeds = (7, 7 + 1, 7 + 64, 7 + 2**31, 2**33 - 1, 2**63 - 1 - 2**31)
+    try:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            seed_worker(0)
+            drawn.append((random.random(), np.random.rand()))
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+    for column in zip(*drawn, strict=True):
+        assert len(set(column)) == len(seeds)
+
+
+def test_a_loader_has_as_many_processes_as_it_is_told() -> None:
+    for count in (0, 1):
+        options = DeviceContext("cpu").loader_options(num_workers=count)
+        loader = DataLoader(TensorDataset(torch.ones(2)), **options)
+        assert (loader.num_workers, loader.persistent_workers) == (count, count > 0)
+
+
+class Rows:
+    """As a batch of another library: tensors inside, and perhaps samples to be had."""
+
+    def __init__(self, samples: int) -> None:
+        self.x, self.samples = torch.arange(4), samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+
+class Sliced(Rows):
+    def __getitem__(self, at: slice) -> torch.Tensor:
+        return self.x[at]
+
+
+class Output(tuple[Any, ...]):
+    """As the outputs of transformers once were: with tensors in attributes, too."""
+
+
+def test_what_has_a_sample_for_each_is_cut_and_all_else_refused() -> None:
+    x = torch.arange(4)
+    assert slice_of([x, Sliced(4)], 1, 3)[1].tolist() == [1, 2]
+    for whole in (Sliced(5), Rows(4)):
+        with pytest.raises(ValueError, match="cannot be cut"):
+            slice_of([x, whole], 1, 3)
+    output, row = Output((x, x)), Row()
+    row.extend([x, x])
+    output.loss = x  # type: ignore[attr-defined]
+    for container in (output, row):
+        made = slice_of(container, 1, 3)
+        assert type(made) is type(container)
+        assert [one.tolist() for one in made] == [[1, 2], [1, 2]]
+    packed = [x, torch.nn.utils.rnn.pack_sequence([x, x])]
+    assert slice_of([packed[0], Sliced(4)], 0, 5)[0] is x
+    with pytest.raises(ValueError, match="a PackedSequence cannot be cut"):
+        slice_of([torch.ones(8), packed[1]], 1, 3)
+
+
+def test_a_whole_batch_is_itself_and_an_empty_one_none() -> None:
+    batch = [torch.arange(4), "name"]
+    assert slice_of(batch, 0, 4) is batch
+    with pytest.raises(ValueError, match="first dimension"):
+        slice_of(torch.empty(0, 2), 0, 1)
