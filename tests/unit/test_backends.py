@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 import types
 import warnings
@@ -324,3 +325,51 @@ def test_an_error_that_was_raised_from_one_is_another() -> None:
 def test_each_text_is_there_for_something() -> None:
     said = "\n".join(OUT_OF_MEMORY_TEXTS)
     assert [text for text in OUT_OF_MEMORY if text not in said] == []
+
+
+@pytest.mark.parametrize("row", backends.BACKENDS, ids=lambda row: row.device_type)
+def test_rows_agree_with_torch(row: backends.Backend) -> None:
+    """What torch has for a kind of device, its row knows."""
+    own = getattr(torch, row.device_type, torch)
+    for name in ("get_rng_state", "set_rng_state"):
+        if row is not backends.CPU and hasattr(own, name):
+            assert backends.torch_function(getattr(row, name)) is getattr(own, name)
+    ways = torch.distributed.Backend.default_device_backend_map
+    if row.distributed is not None and row.device_type in ways:
+        assert row.distributed == ways[row.device_type]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row.device_type = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("t4", "nvidia geforce rocm hip amd radeon gpu accelerator auto GPU"),
+        ("m2-macos15", "metal apple gpu accelerator auto"),
+        ("arc-a770", "intel sycl arc gpu accelerator auto"),
+    ],
+)
+def test_what_people_call_a_device_leads_to_it(key: str, words: str) -> None:
+    with playing(key):
+        best = resolve_device().type
+        for word in (*words.split(), ""):
+            with pytest.raises(DeviceError, match=f"Did you mean '{best}'"):
+                resolve_device(word)
+
+
+@pytest.mark.parametrize("device_type", ["npu", "mlu", "musa", "xla"])
+def test_a_vendors_device_is_said_to_come_with_its_package(device_type: str) -> None:
+    with pytest.raises(DeviceError, match=f" torch_{device_type}, to be imported first"):
+        resolve_device(f"{device_type}:0")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_a_torch_that_cannot_tell_the_current_device_means_the_first(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def fails() -> int:
+        raise kind("no driver")
+
+    with playing("t4", count=2):
+        monkeypatch.setattr(torch.cuda, "current_device", fails)
+        assert resolve_device().index == 0
