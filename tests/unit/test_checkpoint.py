@@ -491,3 +491,26 @@ def test_a_block_that_fails_leaves_the_file_and_nothing_else(tmp_path: Path) -> 
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+class Own(torch.Tensor):
+    """As the images and masks of torchvision: a tensor of another name."""
+
+
+def test_tensors_of_other_names_and_arrays_of_other_order_come_back_plain(tmp_path: Path) -> None:
+    state = {
+        "own": torch.arange(6).reshape(2, 3).as_subclass(Own),
+        "columns first": np.asfortranarray(np.arange(6).reshape(2, 3)),
+        "backwards": np.arange(5, -1, -1)[::-1].reshape(2, 3),
+        "big end first": np.arange(6, dtype=">i8").reshape(2, 3),
+    }
+    save_checkpoint(tmp_path / "c.pt", state)
+    for loaded in load_checkpoint(tmp_path / "c.pt").values():
+        assert type(loaded) is torch.Tensor
+        assert loaded.is_contiguous()
+        assert loaded.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_missing_file_is_said_to_be_nothing_else(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint '.*c\.pt'$"):
+        load_checkpoint(tmp_path / "c.pt")
