@@ -267,3 +267,18 @@ def test_real_ranks_agree_on_the_weakest_plan_and_one_tells(
     assert lines == [f"rank {i}: {p}" for i, p in enumerate(expected)]
     off = [err.count("mixed precision is off") for _, err in told]
     assert off == [int("fp32" in expected[0]), 0]
+
+
+def test_one_that_lacks_its_rank_still_speaks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error about it would be silenced otherwise."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with caplog.at_level(logging.WARNING):
+        notices.tell("said by all who cannot know")
+    assert len(caplog.records) == 1
+
+
+def test_what_a_process_is_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        ranks().rank = 1  # type: ignore[misc]
