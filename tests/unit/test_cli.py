@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -9,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from portable_amp import DeviceContext, choose, cli, doctor
+from portable_amp import DeviceContext, DeviceError, choose, cli, doctor
 from portable_amp.testing import play
 from portable_amp.traps import traps_for
 
@@ -151,10 +152,11 @@ def test_a_setting_that_names_no_device_is_noted(
     monkeypatch.setenv("PORTABLE_AMP_DEVICE", "cuda:5")
     assert cli.main(["doctor"]) == 0
     assert "Note: 'cuda:5' (from $PORTABLE_AMP_DEVICE) is not available" in capsys.readouterr().out
+    assert doctor.diagnose()["chosen"] == "none"
 
 
 def test_a_gpu_that_this_build_cannot_use_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name == "nvidia-smi" else None)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     assert "built without CUDA" in doctor.diagnose()["notes"][0]
@@ -181,3 +183,40 @@ def test_it_runs_as_a_module() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("portable-amp 0.")
+
+
+def test_help_says_what_each_command_and_option_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, subjects in (([], ("doctor", "check", "fix")), (["doctor"], ("--json",))):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*words, "--help"])
+        told = capsys.readouterr().out
+        assert caught.value.code == 0
+        assert told.startswith(" ".join(["usage: portable-amp", *words]))
+        for subject in subjects:
+            assert re.search(rf"^ +{subject} +\w+ \w+", told, re.MULTILINE)
+
+
+def test_json_is_for_eyes_too(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["doctor", "--json"])
+    assert '\n  "torch": ' in capsys.readouterr().out
+
+
+def test_an_error_of_ours_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(name: str) -> dict[str, object]:
+        raise DeviceError(f"{name} is lost")
+
+    monkeypatch.setattr(doctor, "examine", lost)
+    assert cli.main(["doctor"]) == 2
+    streams = capsys.readouterr()
+    assert (streams.out, streams.err) == ("", "portable-amp: cpu is lost\n")
+
+
+def test_a_step_that_raises_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("no kernel image\nfor this card")
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", fails)
+    told = {"ok": False, "error": "RuntimeError: no kernel image"}
+    assert doctor.training_step(DeviceContext("cpu")) == told
