@@ -153,8 +153,9 @@ def _fields(value: Any) -> tuple[str, ...]:
 
 def is_container(value: Any) -> bool:
     """Whether tensors are looked for in it."""
-    kinds = (tuple, Mapping, MutableSequence, Set)  # a list is a MutableSequence
-    return isinstance(value, (*kinds, PackedSequence)) or bool(_fields(value))
+    # A list is a MutableSequence, a PackedSequence a tuple.
+    kinds = (tuple, Mapping, MutableSequence, Set)
+    return isinstance(value, kinds) or bool(_fields(value))
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:
