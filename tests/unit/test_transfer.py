@@ -699,3 +699,13 @@ def test_a_whole_batch_is_itself_and_an_empty_one_none() -> None:
     assert slice_of(batch, 0, 4) is batch
     with pytest.raises(ValueError, match="first dimension"):
         slice_of(torch.empty(0, 2), 0, 1)
+
+
+def test_numbers_in_an_array_are_told_of_and_words_are_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for kind, told in (("U", 0), ("f", 1)):
+        forget_notices()
+        caplog.clear()
+        DeviceContext("cpu", precision="fp32").to([np.zeros(2, dtype=kind)])
+        assert len(caplog.records) == told
