@@ -219,6 +219,551 @@ class Batch:
     def pin_memory(self):
         return self.x.pin_memory()
 """,
+    "stars": """
+from torch.cuda.amp import *
+with autocast(): pass  # PAM101
+scaler = GradScaler()  # PAM103
+@custom_fwd  # PAM104
+def forward(x): ...
+@custom_bwd  # PAM104
+def backward(x): ...
+""",
+    "newer stars": """
+from torch.amp import *
+with autocast("cuda"): pass  # PAM102
+scaler = GradScaler()  # PAM103
+@custom_fwd(device_type="cuda")  # PAM104
+def forward(x): ...
+@custom_bwd(device_type="cuda:0")  # PAM104
+def backward(x): ...
+@custom_fwd(device_type="cpu")
+def elsewhere(x): ...
+""",
+    "other stars": """
+from elsewhere import *
+from .amp import *
+with autocast(): pass
+scaler = GradScaler()
+torch.cuda.synchronize()  # PAM302
+""",
+    "relative": """
+from . import torch
+from .torch import cuda
+from .apex import amp
+torch.cuda.synchronize()
+cuda.synchronize()
+""",
+    "names of names": """
+import torch.cuda.amp
+import torch.nn.functional as F
+from torch import cuda as first
+second = first
+third = second
+wait = also = torch.cuda.synchronize
+cache: object = torch.cuda.empty_cache
+third.synchronize()  # PAM302
+also()  # PAM302
+wait()  # PAM302
+cache()  # PAM301
+here, there = torch.cuda.synchronize, torch.cuda.synchronize  # PAM302 PAM302
+one, other = other, one
+one.synchronize()
+loop = back
+back = loop
+loop.synchronize()
+torch.cuda = fake
+other.thing = settle = torch.cuda.init  # PAM306
+settle()  # PAM306
+chosen = torch.cuda
+if mac:
+    chosen = torch.mps
+chosen.synchronize()
+""",
+    "scopes": """
+import torch
+def outer():
+    def inner():
+        torch = fake
+        torch.cuda.synchronize()
+    async def later():
+        torch = fake
+    class Inner:
+        torch = fake
+        torch.cuda.synchronize()
+        def method(self):
+            torch.cuda.synchronize()  # PAM302
+    wait = lambda torch: torch.cuda.synchronize()
+    wait = lambda: torch.cuda.synchronize()  # PAM302
+    wait = lambda: (torch := fake)
+    torch.cuda.synchronize()  # PAM302
+async def runs(torch):
+    torch.cuda.synchronize()
+""",
+    "assigned": """
+import torch
+self.device = "cuda"  # PAM203
+self.name = device = "cuda"  # PAM203
+device = self.name = "cuda"  # PAM203
+names[0] = "cuda"
+names[0] = self.device = "cuda:0"  # PAM203
+self.wait = torch.cuda.synchronize  # PAM302
+self.scaler = torch.cuda.amp.GradScaler  # PAM103
+self.region = torch.cuda.amp.autocast  # PAM101
+scaler, region = torch.cuda.amp.GradScaler, torch.cuda.amp.autocast  # PAM103 PAM101
+region = torch.cuda.amp.autocast
+scaler = torch.amp.GradScaler
+scaler = torch.cuda.amp.GradScaler
+kinds = dict(scaler=torch.cuda.amp.GradScaler)  # PAM103
+wrapped = torch.nn.DataParallel
+event: torch.cuda.Event
+event: "torch.cuda.FloatTensor" = None
+def runs(event: torch.cuda.Event, *rest: torch.cuda.Event) -> None: ...
+""",
+    "options": """
+import torch, os
+device = args.get("device", "cuda")  # PAM203
+device = getattr(args, "device", "cuda")  # PAM203
+device = os.getenv("DEVICE", "cuda")  # PAM203
+device = getattr(args, "device", "cpu")
+value = getattr("device", "cuda", 3, 4)
+value = get("device")
+value = args.get(device, "cuda")
+value = args.pop("device", "cuda")
+value = args.get("mode", "cuda")
+value = args.get("backend", "nccl")  # PAM401
+value = args.get("pin_memory", True)  # PAM503
+backend = "nccl"  # PAM401
+dist_backend = "nccl"  # PAM401
+dist_backend = "gloo"
+mode = "nccl"
+@click.option("--device", default="cuda")  # PAM203
+@click.option("-d", "--gpu-id", default="cuda")  # PAM203
+@click.option("--name", default="cuda")
+@click.option("--train-device", help="cuda")
+def command(**options): ...
+parser.add_option("--train-device", default="cuda:0")  # PAM203
+parser.add_option(3, "dev", default="cuda:0")  # PAM203
+device = typer.Option("--device", default="cuda")  # PAM203
+parser.add_argument("--dist-backend", default="nccl")  # PAM401
+def runs(a, b=1, device="cuda", /, c="cuda", *gpus, dev="cuda", **dev2): ...  # PAM203 PAM203
+def runs(device, c="cuda", *, dev, d="cuda"): ...
+def runs(device=torch.device("cuda", 0)): ...  # PAM203
+runs = lambda device="cuda": device  # PAM203
+use = {"device": "cuda", **more, 3: "cuda", device: "cuda"}  # PAM203
+""",
+    "options without torch": """
+import argparse
+parser.add_argument("--device", default="cuda")  # PAM203
+parser.add_argument("--dist-backend", default="nccl")  # PAM401
+device = "cuda"
+backend = "nccl"
+model.cuda()  # PAM201
+model.cuda(0)
+x.pin_memory()
+x = x.to("cuda")
+x = make(device="cuda")
+""",
+    "torch without its import": """
+x.to("cuda")  # PAM202
+x.cuda(0)  # PAM201
+def runs(x): return torch.ones(1)
+""",
+    "fallbacks": """
+import torch
+def checks_first(device="cuda"):  # PAM203 info
+    if fast:
+        device = "mps"
+    if not torch.cuda.is_available():
+        device = "cpu"
+def checks_not(device="cuda"):  # PAM203 error
+    if fast:
+        device = "cpu"
+def sets_another(device="cuda"):  # PAM203 error
+    if not torch.cuda.is_available():
+        speed = 0
+def sets_nothing(device="cuda"):  # PAM203 error
+    if not torch.cuda.is_available():
+        print(self.x)
+def returns(device="cuda"):  # PAM203 info
+    if device == "cuda" and not torch.cuda.is_available():
+        return None
+def returns_for_another(device="cuda"):  # PAM203 error
+    if kind == "cuda" and not torch.cuda.is_available():
+        return None
+def goes_on(device="cuda"):  # PAM203 error
+    if device == "cuda" and not torch.cuda.is_available():
+        pass
+def sets_its_own(self, default_device="cuda"):  # PAM203 info
+    if not torch.cuda.is_available():
+        self.device = "cpu"
+""",
+    "versions": """
+import torch
+if hasattr(torch.amp, "GradScaler"):
+    scaler = torch.amp.GradScaler(device.type)
+else:
+    scaler = torch.cuda.amp.GradScaler()  # PAM103 info
+if new:
+    scaler = torch.amp.GradScaler("cuda")  # PAM103 error
+else:
+    scaler = torch.cuda.amp.GradScaler()  # PAM103 error
+if new:
+    a = 1
+else:
+    scaler = torch.cuda.amp.GradScaler()  # PAM103 error
+try:
+    region = torch.autocast(device.type)
+except TypeError:
+    region = torch.cuda.amp.autocast()  # PAM101 info
+region = torch.amp.autocast(kind) if new else torch.cuda.amp.autocast()  # PAM101 info
+""",
+    "attempts": """
+import torch
+try:
+    model.cuda()  # PAM201 info
+    x = x.cuda()  # PAM201 info
+    y = y.cuda()  # PAM201 info
+except RuntimeError:
+    device = "cpu"
+try:
+    x = x.cuda()  # PAM201 error
+    a = b
+    b = a
+    a = b
+except RuntimeError:
+    device = "cpu"
+try:
+    model.cuda()  # PAM201 error
+except RuntimeError:
+    print("cpu")
+    raise
+try:
+    model.cuda()  # PAM201 error
+except RuntimeError:
+    print("no")
+try:
+    model.cuda()  # PAM201 info
+except RuntimeError:
+    x = x.to("xpu")
+try:
+    import one
+    torch.cuda.init()  # PAM306 info
+except ImportError:
+    pass
+try:
+    from one import two
+    torch.cuda.init()  # PAM306 info
+except (OSError, ModuleNotFoundError):
+    pass
+try:
+    import one
+    torch.cuda.init()  # PAM306 info
+except:
+    pass
+try:
+    import one
+    torch.cuda.init()  # PAM306 info
+except Exception:
+    pass
+try:
+    import one
+    torch.cuda.init()  # PAM306 error
+except OSError:
+    device = "cpu"
+try:
+    import one
+    torch.cuda.init()  # PAM306 error
+except ImportError:
+    raise
+try:
+    torch.cuda.init()  # PAM306 error
+    import one
+except ImportError:
+    pass
+""",
+    "stops": """
+import torch, sys, os
+if not torch.cuda.is_available():  # PAM601
+    print("no")
+    exit()
+if not torch.cuda.is_available():  # PAM601
+    quit(1)
+if not torch.cuda.is_available():  # PAM601
+    sys.exit("no")
+if not torch.cuda.is_available():  # PAM601
+    os._exit(3)
+if not torch.cuda.is_available():
+    exit()
+    print("no")
+if not torch.cuda.is_available():
+    warn("no")
+if not torch.cuda.is_available():
+    done = sys.exit
+if torch.cuda.is_available():
+    exit()
+if not use_cuda:
+    exit()
+assert torch.cuda.device_count()  # PAM601
+assert torch.cuda.device_count() > 1  # PAM601
+assert not torch.cuda.is_available()
+torch.cuda.synchronize()  # PAM302 error
+assert use_cuda
+torch.cuda.synchronize()  # PAM302 info
+def skips():
+    if not torch.cuda.is_available():
+        raise unittest.SkipTest("no")
+""",
+    "leaving": """
+import torch
+for x in data:
+    if not torch.cuda.is_available():
+        print("no")
+        continue
+    x.cuda()  # PAM201 info
+for x in data:
+    if not torch.cuda.is_available():
+        break
+    x.cuda()  # PAM201 info
+for x in data:
+    if not torch.cuda.is_available():
+        print("no")
+    x.cuda()  # PAM201 error
+for x in data:
+    if slow:
+        break
+    x.cuda()  # PAM201 error
+for x in data:
+    if not torch.cuda.is_available():
+        pytest.skip("no")
+    x.cuda()  # PAM201 info
+for x in data:
+    if not torch.cuda.is_available():
+        continue
+    else:
+        x.cuda()  # PAM201 info
+    x.cuda()  # PAM201 error
+while torch.cuda.is_available():
+    x.cuda()  # PAM201 info
+else:
+    x.cuda()  # PAM201 error
+while not torch.cuda.is_available():
+    x.cuda()  # PAM201 error
+while kind != "cpu":
+    x.cuda()  # PAM201 info
+first = torch.cuda.is_available() and x.cuda()  # PAM201 info
+first = torch.cuda.is_available() or x.cuda()  # PAM201 error
+first = not torch.cuda.is_available() or x.cuda()  # PAM201 info
+first = torch.cuda.is_available() and fast and x.cuda() or y.cuda()  # PAM201 info PAM201 error
+""",
+    "marks": """
+import pytest, torch
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="")
+torch.cuda.get_device_name()  # PAM307 info
+""",
+    "other marks": """
+import pytest, torch
+pytestmark = pytest.mark.gpu
+needs = pytest.mark.skipif(not torch.cuda.is_available(), reason="")
+torch.cuda.get_device_name()  # PAM307 error
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="")
+def with_two():
+    x.cuda()  # PAM201 info
+@needs_cuda_only
+class Together:
+    def method(self):
+        x.cuda()  # PAM201 info
+@dataclass
+class Apart:
+    def method(self):
+        x.cuda()  # PAM201 error
+@pytest.mark.slow
+def slow():
+    x.cuda()  # PAM201 error
+@requires_gpu
+def with_one(x=x.cuda()):  # PAM201 error
+    x.cuda()  # PAM201 info
+@torch.no_grad()
+def after(x):
+    x.cuda()  # PAM201 error
+x.cuda()  # PAM201 error
+""",
+    "visible": """
+import os, torch
+os.environ["CUDA_VISIBLE_DEVICES"]  # PAM602
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # PAM602
+os.getenv("CUDA_VISIBLE_DEVICES")  # PAM602
+os.putenv("CUDA_VISIBLE_DEVICES", "0")  # PAM602
+os.environ["HOME"]
+os.environ.get("HOME")
+settings["CUDA_VISIBLE_DEVICES"]
+print("CUDA_VISIBLE_DEVICES")
+""",
+    "apex": """
+import apex  # PAM105
+import apex.amp as fast  # PAM105
+import os, apex.amp  # PAM105
+from apex.parallel import DistributedDataParallel  # PAM105
+from apexlike import amp
+import apexlike
+""",
+    "asked about": """
+import torch
+from torch.cuda.amp import GradScaler, autocast
+isinstance(a, GradScaler)
+isinstance(a, (autocast, torch.cuda.amp.GradScaler))
+issubclass(a, torch.cuda.HalfTensor)  # PAM205 warning
+isinstance(a, torch.nn.DataParallel)
+isinstance(torch.cuda.amp.GradScaler(), b)  # PAM103
+isinstance(a.cuda(), b)  # PAM201
+other.isinstance(a, torch.cuda.HalfTensor)  # PAM205 error
+if x.device == torch.device("cuda") or torch.device("cuda", 0).type != kind: pass
+torch.device("cuda").type  # PAM202
+torch.device("cuda").index == 0  # PAM202
+""",
+    "calls of every kind": """
+import functools, io
+import torch
+torch.device(device="cuda")  # PAM202
+torch.device(type="cuda", index=0)  # PAM202
+torch.device(kind, "cuda")
+torch.device(type=kind)
+x.to(torch.float16, "cuda")  # PAM202
+torch.to("cuda")
+x = other(device_type="cuda")  # PAM202
+x = other(map_location="cuda", device=kind)  # PAM501
+x = other(backend="nccl", name="nccl")  # PAM401
+x = other("nccl")
+torch.distributed.init_process_group("gloo", "nccl")  # PAM401
+torch.distributed.init_process_group("nccl", "env://")  # PAM401
+x.cuda(device="cuda:1", memory_format=m)  # PAM201
+x.pin_memory("cuda")
+x.pin_memory()  # PAM503 error
+torch.cuda.amp.pin_memory()
+with torch.random.fork_rng(device_type="cuda"): pass
+with torch.random.fork_rng(["cuda"], device_type="cuda"): pass
+torch.set_default_tensor_type(torch.cuda.HalfTensor)  # PAM205
+torch.set_default_tensor_type(torch.HalfTensor)
+torch.set_default_tensor_type("torch.cuda.HalfTensor")  # PAM205
+torch.set_default_device(torch.device("cuda"))  # PAM205 PAM202
+torch.set_default_device(device)
+functools.partial(torch.autocast, kind)
+functools.partial(other, torch.autocast)
+functools.partial()
+partial(torch.cuda.synchronize)  # PAM302
+first = io.BytesIO()
+torch.save(first)
+torch.load(first)  # PAM502
+torch.save(model, second)
+torch.save(model, self.third)
+torch.load(second)
+torch.load(self.third)  # PAM502
+torch.load(fourth)  # PAM502
+torch.load(fourth, weights_only=True)  # PAM502
+def reads():
+    torch.load(second)  # PAM502
+    torch.save(model, fifth)
+torch.load(fifth)  # PAM502
+torch.amp.custom_fwd(device_type=kind)
+torch.amp.custom_bwd("cuda")  # PAM104
+where = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # PAM204
+where = torch.device("cuda" if torch.cuda.is_available() else "cpu", 1)  # PAM204
+where = other("cuda" if torch.cuda.is_available() else "cpu")  # PAM204
+""",
+    "choices": """
+import torch
+a = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")  # PAM204
+a = torch.device("cpu") if args.slow else torch.device("cuda", 0)  # PAM204
+a = torch.device("cuda") if torch.cuda.is_available() else other
+a = other if not torch.cuda.is_available() else torch.device("cuda")
+a = torch.device("cuda") if x.device.type != "cpu" else other
+a = other if x.device.type == "cpu" else torch.device("cuda")
+a = torch.device("cuda") if torch.cuda.is_available() else x.cuda()  # PAM201 error
+a = torch.device("cuda") if fast else other  # PAM202 error
+device = "xpu" if has_xpu() else "cuda"  # PAM203 error
+device = "cuda" if fast else "mps"  # PAM203 error
+device = "cuda" if fast else other
+device = "cuda" if torch.cuda.is_available() else "mps"
+device = "mps" if not torch.cuda.is_available() else "cuda"
+if torch.cuda.is_available():  # PAM204
+    device = torch.device("cuda", 1)
+else:
+    device = torch.device("cpu")
+if not torch.cuda.is_available():  # PAM204
+    device = "cpu"
+else:
+    device = "cuda"
+if torch.cuda.is_available():
+    device = "cuda"  # PAM203 info
+    first = 1
+else:
+    device = "cpu"
+if torch.cuda.is_available():
+    device = "cuda"  # PAM203 info
+else:
+    device = "cpu"
+    first = 1
+if torch.cuda.is_available():
+    device = "cuda"  # PAM203 info
+else:
+    device: str = "cpu"
+if torch.backends.mps.is_available():
+    device = "mps"
+elif torch.cuda.is_available():
+    device = "cuda"  # PAM203 info
+else:
+    device = "cpu"
+def pick():
+    if torch.cuda.is_available():
+        return "cuda"
+    print("no")
+    return "cpu"
+def pick_slowly():
+    if torch.cuda.is_available():
+        return torch.cuda.current_device()  # PAM306 info
+    return "cpu"
+def pick_either():
+    if os.name == "posix":
+        return "mps"
+    if torch.cuda.is_available():  # PAM204
+        return "cuda"
+    return "cpu"
+def pick_others_first():
+    if torch.backends.mps.is_available():
+        found = "mps"
+    if torch.cuda.is_available():  # PAM204
+        return "cuda"
+    return "cpu"
+""",
+    "methods of the same name": """
+import torch
+class Net(torch.nn.Module):
+    def cuda(self, device=None):
+        self.x = self.x.cuda(device)
+        return super().cuda(device)
+    def pin_memory(self):
+        self.x = self.x.cuda()
+    def to(self, x):
+        return super(Net, self).cuda()
+    def more(self):
+        return supers().cuda()  # PAM201
+""",
+    "handed on": """
+import torch
+for call in (torch.cuda.synchronize, torch.cuda.FloatTensor): pass  # PAM302 PAM205
+call(torch.cuda.amp.autocast)  # PAM101
+call(torch.cuda.amp.GradScaler)  # PAM103
+call(torch.autocast)
+call(torch.nn.DataParallel)
+call(torch.cuda.amp.common)
+call(torch.cuda.amp)
+@torch.autocast  # PAM102
+def region(x): ...
+@torch.cuda.amp.autocast  # PAM101
+def region(x): return torch.autocast
+x.type(f"torch.cuda.{kind}Tensor")
+x.type("torch.cuda.Tensors")
+x.type(torch.FloatTensor)
+""",
     "no torch": """
 import numba.cuda
 from pycuda import driver
@@ -232,7 +777,7 @@ numba.cuda.synchronize()
 def expected(text: str) -> list[tuple[int, str]]:
     found = []
     for number, line in enumerate(text.splitlines(), 1):
-        for code, level in re.findall(r"(PAM\d+)(?: (\w+))?", line):
+        for code, level in re.findall(r"(PAM\d+)(?: ([a-z]+))?", line):
             found.append((number, f"{code} {level}".strip()))
     return found
 
@@ -253,6 +798,116 @@ def test_every_rule_is_among_the_examples() -> None:
     assert {code for text in PROGRAMS.values() for code in re.findall(r"PAM\d+", text)} == set(
         RULES
     )
+
+
+# A test -> the places beside it that run only where there is CUDA: in it, in its `else`, behind
+# `if it: return`, and behind `if not it: return`.
+ONLY_THERE, NOT_THERE = "then unless", "else after"
+GUARDS = {
+    **dict.fromkeys(
+        (
+            *(
+                "torch.cuda.is_available()",
+                "torch.cuda.device_count()",
+                "torch.cuda.is_initialized()",
+            ),
+            *("torch.cuda.is_bf16_supported()", "torch.backends.cuda.is_built()"),
+            *("bool(torch.cuda.is_available())", "bool(x.is_cuda)", "torch.version.cuda"),
+            *("cards", "first", "second", "third", "cards != 0", "device_count() != 0"),
+            *(
+                "cuda_is_available()",
+                "self.gpu_available()",
+                "is_gpu(x)",
+                "helper.supports_cuda()",
+            ),
+            *("has_gpu()", "with_cuda()", "use_gpu()", "x.is_cuda", "args.gpu", "args.gpus"),
+            *("USE_CUDA", "self.use_gpu", "x.device.type == 'cuda'", "'cuda' == kind"),
+            *("kind is 'cuda:0'", "'cuda' in kind", "kind == 'gpu'", "kind == f'cuda:{n}'"),
+            *("kind == 'cuda:' + n", "kind == 'cuda:%d' % n", "kind == 'cuda:{}'.format(n)"),
+            *("where == torch.device('cuda', 0)", "torch.device('cuda') == where"),
+            *("where.type == torch.device('cuda').type", "kind.startswith('cuda', 0)"),
+            *("kind.startswith('cuda:', 0)", "not (not first)", "first and use_gpu()"),
+        ),
+        ONLY_THERE,
+    ),
+    **dict.fromkeys(
+        (
+            *("not torch.cuda.is_available()", "not first", "args.no_cuda", "disable_gpu"),
+            *("not_cuda", "without_gpu", "x.device.type != 'cuda'", "kind is not 'cuda'"),
+            *("'cuda' not in kind", "cards == 0", "device_count() == 0", "0 == device_count()"),
+            *("not first or not use_gpu()",),
+        ),
+        NOT_THERE,
+    ),
+    # There is CUDA where they hold, and may be where they do not; and the reverse.
+    **dict.fromkeys(
+        (
+            *("first and fast", "fast and first", "device_count() > 1", "cards >= 2"),
+            *("kind != 'cpu'", "x.device.type is not 'cpu'", "torch.version.cuda is not None"),
+            *("device_count() > 0",),
+        ),
+        "then",
+    ),
+    **dict.fromkeys(
+        (
+            *("not (first and fast)", "device_count() < 2", "cards <= 1", "kind == 'cpu'"),
+            *("torch.version.cuda is None", "torch.version.cuda == None", "not first or slow"),
+        ),
+        "else",
+    ),
+    **dict.fromkeys(
+        (
+            *("fast", "fast()", "first or fast", "first or slow()", "kind == other", "round > 1"),
+            *("kind == 'mps'", "kind != 'mps'", "kind.endswith('cuda')"),
+            *("kind.startswith(start)", "kind.startswith()", "bool()", "bool(fast)", "all(first)"),
+            *("torch.device() == where", "len(kind) > 1", "0 < n < first", "torch.cuda"),
+            *(
+                "torch.cuda.is_current_stream_capturing()",
+                "round_a == 0",
+                "round_a",
+                "barracuda",
+                "one",
+            ),
+            *("kind == 'cuda_' + n", "kind == 'cuda:' - n", "kind == 'cuda:'.join(n)"),
+            *("kind == print('cuda:')", "kind == ''.format('cuda:')", "kind == f'{n}cuda:'"),
+            *("kind == n + 'cuda:'", "kind == f''", "fast or fast", "fast and slow", "-first"),
+        ),
+        "",
+    ),
+}
+GUARDED = """
+import torch, helper
+from torch.cuda import device_count
+cards = device_count()
+first = torch.cuda.is_available()
+second = first
+third = second
+one, other = other, one
+round_a = round_b
+round_b = round_a
+def told():
+    if {test}:
+        x.cuda()  # then
+    else:
+        x.cuda()  # else
+def after():
+    if {test}:
+        return
+    x.cuda()  # after
+def unless():
+    if not ({test}):
+        return
+    x.cuda()  # unless
+"""
+
+
+@pytest.mark.parametrize("test", GUARDS)
+def test_what_a_test_says_of_its_branches(test: str) -> None:
+    text = GUARDED.format(test=test)
+    found = {one.line: one.level for one in scan(text) if one.code == "PAM201"}
+    places = {n: line.split("# ")[1] for n, line in enumerate(text.splitlines(), 1) if "# " in line}
+    assert found.keys() == places.keys()
+    assert {places[n] for n, level in found.items() if level == "info"} == {*GUARDS[test].split()}
 
 
 PLACES = {

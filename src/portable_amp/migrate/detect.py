@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from portable_amp.migrate.apis import BY_NAME
 from portable_amp.migrate.findings import Level
-from portable_amp.migrate.guards import OTHERS, Knows, asks, is_device
-from portable_amp.migrate.names import Scope, own
+from portable_amp.migrate.guards import OTHERS, Knows, asks, is_device, text_of
+from portable_amp.migrate.names import Scope, own, parameters
 from portable_amp.migrate.regions import ARGUMENTS, CONTEXTS, DEFAULTS, Place
 from portable_amp.migrate.rules import RULES
 from portable_amp.migrate.source import Source
@@ -32,17 +32,18 @@ class Match:
     code: str
     node: ast.expr | ast.stmt
     level: Level
-    what: str
+    name: str
+    """What torch documents that is used there; "" where no name of torch's is."""
     scope: Scope
     statement: ast.stmt
     before: ast.stmt | None
     """The statement before it in the same block."""
     guarded: bool
-    decorator: bool = False
-    parameter: bool = False
-    quoted: bool = False
+    decorator: bool
+    parameter: bool
+    quoted: bool
     """In an f-string, whose quotes an edit could end."""
-    call: ast.Call | None = None
+    call: ast.Call | None
     """The `.to(...)` or `torch.device(...)` whose argument it is, or the function it is given."""
 
 
@@ -97,9 +98,10 @@ class _Walk:
             for one in imports
             for alias in one.names
         ) or any(isinstance(one, ast.Name) and one.id == "torch" for one in ast.walk(source.tree))
-        marks = [n for n in source.tree.body if isinstance(n, ast.Assign)]
-        if any(getattr(n.targets[0], "id", "") == "pytestmark" and self._needs(n) for n in marks):
-            self.knows = "cuda"
+        for one in source.tree.body:
+            marks = isinstance(one, ast.Assign) and "pytestmark" in map(_leaf, one.targets)
+            if marks and self._needs(one):
+                self.knows = "cuda"
 
     # Blocks and what they know.
 
@@ -171,7 +173,7 @@ class _Walk:
         walked = (one for node in free for one in ast.walk(node))
         portable = {_leaf(one.func) for one in walked if isinstance(one, ast.Call)}
         for match in (match for _, matches in told for match in matches):
-            if match.what.rpartition(".")[2] in portable:
+            if match.name.rpartition(".")[2] in portable:
                 match.level, match.guarded = "info", True
 
     def on_if(self, node: ast.If) -> bool:
@@ -190,10 +192,10 @@ class _Walk:
         held, failed = asks(node.test, self.scope)
         on, off = (node.orelse, node.body) if failed == "cuda" else (node.body, node.orelse)
         if self._choice(node.test, on, off):
-            self.match("PAM204", node, ast.unparse(node))
+            self.match("PAM204", node)
             self.done |= {id(on), id(off)}
         elif "cuda" in (held, failed) and self._device(on):
-            self.done |= {id(on), id(off)}
+            self.done.add(id(on))
         self.visit(node.test)
         ways = ([node.body], held, [node.orelse]), ([node.orelse], failed, [node.body])
         self.either(*ways, test=node.test)
@@ -283,24 +285,25 @@ class _Walk:
         names = [module] if module else [alias.name for alias in node.names]
         here = not getattr(node, "level", 0)
         if here and any(name == "apex" or name.startswith("apex.") for name in names):
-            self.match("PAM105", node, "apex")
+            self.match("PAM105", node)
         return True
 
     on_importfrom = on_import
 
     def on_assert(self, node: ast.Assert) -> bool:
         if asks(node.test, self.scope)[0] == "cuda" and self._asks_torch(node.test):
-            self.match("PAM601", node, "the assertion")
+            self.match("PAM601", node)
             self.done |= {id(one) for one in ast.walk(node.test)}
         return False
 
     def on_assign(self, node: ast.Assign | ast.AnnAssign) -> bool:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        name = getattr(targets[0], "id", getattr(targets[0], "attr", ""))
         if isinstance(node, ast.AnnAssign):
             self.done.add(id(node.annotation))
-        self._default(name, node.value)
-        if not isinstance(targets[0], ast.Name) or not isinstance(node.value, ast.Attribute):
+        for target in targets:
+            self._default(_leaf(target), node.value)
+        named = all(isinstance(target, ast.Name) for target in targets)
+        if not named or not isinstance(node.value, ast.Attribute):
             return False
         # An alias is told where it is used.
         return self.scope.resolve(node.value) in (*BY_NAME, *SCALER, "torch.cuda.amp.autocast")
@@ -318,7 +321,7 @@ class _Walk:
 
     def on_constant(self, node: ast.Constant) -> bool:
         if isinstance(node.value, str) and re.fullmatch(r"torch\.cuda\.\w+Tensor", node.value):
-            self.match("PAM205", node, node.value)
+            self.match("PAM205", node)
         return True
 
     def on_joinedstr(self, node: ast.JoinedStr) -> bool:
@@ -353,7 +356,7 @@ class _Walk:
 
     def on_subscript(self, node: ast.Subscript) -> bool:
         if _visible(node.slice) and "environ" in ast.unparse(node.value):
-            self.match("PAM602", node, "CUDA_VISIBLE_DEVICES")
+            self.match("PAM602", node)
         return False
 
     def on_call(self, node: ast.Call) -> bool:
@@ -394,7 +397,11 @@ class _Walk:
             code = BY_NAME[name]
         if code:
             self.match(code, node, name)
-            self._mark(node)
+            # What names it, and what it is given by name, is not told by itself.
+            names = (
+                one for one in node.args if isinstance(one, ast.Constant) or self.scope.resolve(one)
+            )
+            self.done |= {id(node.func), *map(id, names)}
             return False
         if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
             asked = [one for kind in node.args[1:] for one in ast.walk(kind)]
@@ -403,7 +410,7 @@ class _Walk:
             for one in asked:  # False for what is elsewhere, and no crash
                 name = self.scope.resolve(one) or ""
                 if isinstance(one, ast.expr) and re.fullmatch(r"torch\.cuda\.\w+Tensor", name):
-                    self.match("PAM205", one, "isinstance", level="warning")
+                    self.match("PAM205", one, level="warning")
         if name == "torch.device" and isinstance(first, ast.IfExp) and len(node.args) == 1:
             self.visit(first)
             if self.found.matches and self.found.matches[-1].node is first:
@@ -413,9 +420,9 @@ class _Walk:
             self._keyword(node, name, key, value)
         for one in node.args:
             if name == "torch.distributed.init_process_group" and _is(one, "nccl"):
-                self.match("PAM401", one, '"nccl"')
+                self.match("PAM401", one)
             if _visible(one) and re.search(r"environ|getenv|putenv", ast.unparse(node.func)):
-                self.match("PAM602", node, "CUDA_VISIBLE_DEVICES")
+                self.match("PAM602", node)
         return False
 
     def _method(self, node: ast.Call, name: str, keywords: dict[str | None, ast.expr]) -> None:
@@ -428,12 +435,12 @@ class _Walk:
         method, home = node.func.attr, self.scope.resolve(node.func.value)
         if method == "cuda" and not home and not _is_super(node.func.value):
             if self.has_torch or not node.args:
-                self.match("PAM201", node, ".cuda()")
+                self.match("PAM201", node)
                 self.done |= {id(value) for value in keywords.values() if is_device(value)}
         elif method == "to" and not home and self.has_torch and any(map(is_device, node.args)):
-            self.match("PAM202", next(filter(is_device, node.args)), '.to("cuda")', call=node)
+            self.match("PAM202", next(filter(is_device, node.args)), call=node)
         elif method == "pin_memory" and not home and self.has_torch and not node.args:
-            self.match("PAM503", node, ".pin_memory()", level="error")
+            self.match("PAM503", node, level="error")
         elif method in ("add_argument", "option", "add_option", "Option"):
             words = [one.value for one in node.args if isinstance(one, ast.Constant)]
             default = keywords.get("default")
@@ -442,24 +449,19 @@ class _Walk:
 
     def _keyword(self, call: ast.Call, name: str, key: str | None, value: ast.expr) -> None:
         if key == "map_location" and is_device(value):
-            self.match("PAM501", value, 'map_location="cuda"')
+            self.match("PAM501", value)
         elif name == "torch.random.fork_rng":
             return  # told the devices whose state it keeps, it touches no other
         elif key in ("device", "device_type") and is_device(value) and self.has_torch:
-            self.match("PAM202", value, f'{key}="cuda"', call=call)
+            self.match("PAM202", value, call=call)
         elif key == "pin_memory" and _is(value, True):
-            self.match("PAM503", value, "pin_memory=True", level="info")
+            self.match("PAM503", value)
         elif key == "backend" and _is(value, "nccl"):
-            self.match("PAM401", value, '"nccl"')
+            self.match("PAM401", value)
 
     def _defaults(self, arguments: ast.arguments) -> None:
-        every = [*arguments.posonlyargs, *arguments.args]
-        pairs = [
-            *zip(every[len(every) - len(arguments.defaults) :], arguments.defaults, strict=True),
-            *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
-        ]
         self.parameter = True
-        for one, default in pairs:
+        for one, default in parameters(arguments):
             self._default(one.arg, default)
             if default is not None:
                 self.visit(default)
@@ -471,7 +473,7 @@ class _Walk:
             return
         if DEFAULT.search(name) and (self._device(value) if self.parameter else is_device(value)):
             level: Level | None = "info" if self._falls_back(name) else None
-            self.match("PAM203", value, f'{name} = "cuda"', level)
+            self.match("PAM203", value, level=level)
         elif DEFAULT.search(name) and isinstance(value, ast.IfExp):
             # Another device, or CUDA, whether it is there or not.
             held, failed = asks(value.test, self.scope)
@@ -481,11 +483,11 @@ class _Walk:
             ):
                 others = isinstance(other, ast.Constant) and OTHERS.search(str(other.value))
                 if self._device(one) and not known and others:
-                    self.match("PAM203", one, f'{name} = "cuda"')
+                    self.match("PAM203", one)
         elif name == "pin_memory" and _is(value, True):
-            self.match("PAM503", value, "pin_memory=True", level="info")
+            self.match("PAM503", value)
         elif "backend" in name and _is(value, "nccl"):
-            self.match("PAM401", value, '"nccl"')
+            self.match("PAM401", value)
 
     def _falls_back(self, name: str) -> bool:
         """Whether another device is taken where the default is not there."""
@@ -508,7 +510,7 @@ class _Walk:
         self,
         code: str,
         node: ast.expr | ast.stmt,
-        what: str,
+        name: str = "",
         level: Level | None = None,
         call: ast.Call | None = None,
     ) -> None:
@@ -522,27 +524,18 @@ class _Walk:
         told: Level = "info" if guarded else level or RULES[code].level
         self.found.matches.append(
             Match(
-                code, self.quoted or node, told, what, self.scope, self.statement, self.before,
+                code, self.quoted or node, told, name, self.scope, self.statement, self.before,
                 guarded, self.decorator, self.parameter, bool(self.quoted), call,
             )
         )  # fmt: skip
 
-    def _mark(self, call: ast.Call) -> None:
-        """What belongs to a call that was matched is not matched by itself."""
-        self.done.add(id(call.func))
-        for one in (*call.args, *(keyword.value for keyword in call.keywords)):
-            if isinstance(one, ast.Constant):
-                self.done.add(id(one))
-
-    def _device(self, node: ast.expr, kind: str = "cuda") -> bool:
-        if isinstance(node, ast.Call) and self.scope.resolve(node.func) == "torch.device":
-            node = node.args[0] if node.args else node
-        return _is(node, "cpu") if kind == "cpu" else is_device(node)
+    def _device(self, node: ast.expr) -> bool:
+        return is_device(text_of(node, self.scope))
 
     def _choice(self, test: ast.expr, one: ast.expr, other: ast.expr) -> bool:
         """Whether two values are CUDA and the CPU, and nobody thinks of a third."""
         pairs = (one, other), (other, one)
-        two = any(self._device(a) and self._device(b, "cpu") for a, b in pairs)
+        two = any(self._device(a) and _is(text_of(b, self.scope), "cpu") for a, b in pairs)
         return two and not (self.others or _thinks(test))
 
     def _choice_of_two(self, node: ast.If, after: Sequence[ast.stmt]) -> None:
@@ -555,7 +548,7 @@ class _Walk:
         values = [one.value for one in both if isinstance(one, (ast.Assign, ast.Return))]
         one, other = values
         if one and other and self._choice(node.test, one, other):
-            self.match("PAM204", node.test, ast.unparse(node.test))
+            self.match("PAM204", node.test)
             self.done |= {id(inner) for value in (one, other) for inner in ast.walk(value)}
 
     def _stop(self, node: ast.If, test: ast.expr, held: Knows, body: Sequence[ast.stmt]) -> None:
@@ -566,7 +559,7 @@ class _Walk:
             and ast.unparse(last.value.func) in ("exit", "quit", "sys.exit", "os._exit")
         )
         if held == "other" and ends and not _skips(last) and self._asks_torch(test):
-            self.match("PAM601", test, ast.unparse(test))
+            self.match("PAM601", test)
 
     def _asks_torch(self, test: ast.AST) -> bool:
         return any(

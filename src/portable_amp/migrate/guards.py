@@ -78,17 +78,17 @@ def _names(test: ast.Name | ast.Attribute, scope: Scope, depth: int) -> tuple[Kn
 
 
 def _compares(test: ast.Compare, scope: Scope) -> tuple[Knows, Knows]:
-    sides, op = (test.left, test.comparators[0]), test.ops[0]
-    counted = scope.value(test.left)  # cards = torch.cuda.device_count()
+    left, (right,), (op,) = test.left, test.comparators, test.ops
+    counted = scope.value(left)  # cards = torch.cuda.device_count()
     if isinstance(counted, ast.Call) and scope.resolve(counted.func) in AVAILABLE:
-        sides = counted, sides[1]
+        left = counted
     same = isinstance(op, (ast.Eq, ast.Is, ast.In))
     if not same and not isinstance(op, (ast.NotEq, ast.IsNot, ast.NotIn)):
-        counts = isinstance(sides[0], ast.Call) and _calls(sides[0], scope)
+        counts = isinstance(left, ast.Call) and _calls(left, scope)
         more = isinstance(op, (ast.Gt, ast.GtE))
         return (("cuda", None) if more else (None, "cuda")) if counts else (None, None)
-    for side, counterpart in (sides, sides[::-1]):
-        named = is_device(_text(side, scope)) or getattr(side, "value", None) == "gpu"
+    for side, counterpart in ((left, right), (right, left)):
+        named = is_device(text_of(side, scope)) or getattr(side, "value", None) == "gpu"
         if named and not isinstance(counterpart, ast.Constant):
             return ("cuda", "other") if same else ("other", "cuda")
         # Who asks whether it is not the CPU has thought of more than CUDA.
@@ -101,8 +101,8 @@ def _compares(test: ast.Compare, scope: Scope) -> tuple[Knows, Knows]:
     return None, None
 
 
-def _text(node: ast.expr, scope: Scope) -> ast.expr:
-    """`torch.device("cuda")` and its `.type` are asked about as their text is."""
+def text_of(node: ast.expr, scope: Scope) -> ast.expr:
+    """`torch.device("cuda")` and its `.type` stand for their text."""
     device = node.value if isinstance(node, ast.Attribute) and node.attr == "type" else node
     if not isinstance(device, ast.Call) or scope.resolve(device.func) != "torch.device":
         return node

@@ -52,6 +52,14 @@ def own(node: ast.AST) -> Iterator[ast.AST]:
             queue += reversed(list(ast.iter_child_nodes(found)))
 
 
+def parameters(arguments: ast.arguments) -> list[tuple[ast.arg, ast.expr | None]]:
+    """Every parameter with its default; without those that take the rest, which have none."""
+    named = [*arguments.posonlyargs, *arguments.args]
+    needed = [None] * (len(named) - len(arguments.defaults))
+    defaults = [*needed, *arguments.defaults, *arguments.kw_defaults]
+    return [*zip([*named, *arguments.kwonlyargs], defaults, strict=True)]
+
+
 class Scope:
     """The names that a module, class or function binds, each with all it may stand for."""
 
@@ -62,18 +70,15 @@ class Scope:
         self.defaults: dict[str, ast.expr] = {}
         """Parameter -> what it is where the caller says nothing."""
         self.kinds: dict[str, set[bool]] = {}
-        """Name -> whether it is torch's, not torch's, or either, outside except clauses."""
+        """Name -> whether it is torch's, or not, or either; in except clauses only torch's."""
         if isinstance(node, FUNCTIONS):
-            arguments = node.args
-            every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-            every += [one for one in (arguments.vararg, arguments.kwarg) if one]
-            for parameter in every:
+            for parameter, default in parameters(node.args):
                 self._bind(parameter.arg, None)
-            last = [*arguments.posonlyargs, *arguments.args][::-1]
-            pairs: list[tuple[ast.arg, ast.expr | None]]
-            pairs = [*zip(last, arguments.defaults[::-1], strict=False)]
-            pairs += [*zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-            self.defaults = {key.arg: default for key, default in pairs if default}
+                if default:
+                    self.defaults[parameter.arg] = default
+            for rest in (node.args.vararg, node.args.kwarg):
+                if rest:
+                    self._bind(rest.arg, None)
         shims: set[int] = set()
         for one in own(node):
             if not isinstance(one, BINDING):
@@ -83,8 +88,9 @@ class Scope:
             before = {name: len(values) for name, values in self.bound.items()}
             self._read(one)
             for name, values in self.bound.items():
-                if id(one) not in shims and len(values) > before.get(name, 0):
-                    self.kinds.setdefault(name, set()).add(_is_torch(values[-1]))
+                new = _is_torch(values[-1])
+                if len(values) > before.get(name, 0) and (new or id(one) not in shims):
+                    self.kinds.setdefault(name, set()).add(new)
 
     def resolve(self, node: ast.AST, depth: int = 5) -> str | None:
         """The full name of what a (dotted) name stands for, if that was imported."""
@@ -103,19 +109,19 @@ class Scope:
                 name = scope.resolve(value, depth - 1)
             found += [canonical(name)] if name else []
         elsewhere = any(re.match(r"torch\.(mps|xpu|npu|mlu|musa|hpu)\b", name) for name in found)
+        found.sort(key=lambda name: not name.startswith("torch."))  # what may be torch's is
         return found[0] if found and not elsewhere else None
 
     def value(self, node: ast.AST) -> ast.expr | None:
         """What a name was set to, if that is one expression."""
-        scope = self.home(node.id) if isinstance(node, ast.Name) else None
-        values = scope.bound[node.id] if scope and isinstance(node, ast.Name) else []
-        return values[0] if len(values) == 1 and isinstance(values[0], ast.expr) else None
+        match self._values(node):
+            case [ast.expr() as value]:
+                return value
+        return None
 
     def is_alias(self, node: ast.AST) -> bool:
         """Whether a name was set to an expression in the program, and not imported."""
-        scope = self.home(node.id) if isinstance(node, ast.Name) else None
-        values = scope.bound[node.id] if scope and isinstance(node, ast.Name) else []
-        return any(isinstance(one, ast.expr) for one in values)
+        return any(isinstance(one, ast.expr) for one in self._values(node))
 
     def device_names(self) -> set[str]:
         """The names in reach that should hold a device."""
@@ -143,9 +149,10 @@ class Scope:
         """Whether a name stands for the same on every path; except clauses are for old versions."""
         while isinstance(node, ast.Attribute):
             node = node.value
-        scope = self.home(node.id) if isinstance(node, ast.Name) else None
-        kinds = scope.kinds.get(node.id) if scope and isinstance(node, ast.Name) else None
-        return kinds != {True, False}
+        if not isinstance(node, ast.Name):
+            return True
+        scope = self.home(node.id)
+        return not scope or len(scope.kinds.get(node.id, ())) < 2
 
     def home(self, name: str) -> Scope | None:
         """The scope that binds a name."""
@@ -153,6 +160,13 @@ class Scope:
         while scope and (name not in scope.bound or (scope.is_class and scope is not self)):
             scope = scope.parent
         return scope
+
+    def _values(self, node: ast.AST) -> list[str | ast.expr | None]:
+        """All that a name may stand for; nothing for what is no name, or bound nowhere."""
+        if not isinstance(node, ast.Name):
+            return []
+        scope = self.home(node.id)
+        return scope.bound[node.id] if scope else []
 
     def _bind(self, name: str, value: str | ast.expr | None) -> None:
         self.bound.setdefault(name, []).append(value)
@@ -170,8 +184,10 @@ class Scope:
                     self._bind(alias.asname or name, f"{home}.{name}")
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             self._bind(node.name, None)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            self._bind(node.targets[0].id, node.value)
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    self._bind(target.id, node.value)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             self._bind(node.target.id, node.value)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -128,7 +128,7 @@ class Rewriter:
         node = match.node
         if self.computes.doubt or not isinstance(node, ast.Call):
             return Fix(reason=self.computes.doubt)
-        given = Place(match.what, node, match.scope).given()
+        given = Place(match.name, node, match.scope).given()
         if not all(_first_card(given[one]) for one in ("device", "device_type") if one in given):
             return Fix()
         stays = dtype_of(given.get("dtype"), match.scope) == "fp32"
@@ -137,7 +137,7 @@ class Rewriter:
         context, shared, how = self._context(match)
         edits = (
             Edit(start, end, f"{context}.{method}"),
-            *rearranged(self.source, node, match.what, dropped, end),
+            *rearranged(self.source, node, match.name, dropped, end),
         )
         imports = ("DeviceContext",) if "{DeviceContext}" in context else ()
         fix = Fix(how, edits, imports, shared)
