@@ -1036,3 +1036,16 @@ def test_what_is_nested_too_deeply_is_refused_in_one_line() -> None:
     chain = "import torch\nif a: pass\n" + "elif b: pass\n" * 3000 + "else: y.cuda()\n"
     with pytest.raises(SyntaxError):
         scan(chain)
+
+
+@pytest.mark.parametrize(
+    "around",
+    ["(a and {})", "(1 if a else {})", "(lambda: {})", "if a:\n{}", "while a:\n{}", "def f():\n{}",
+     "class A:\n{}", "try:\n{}\nexcept E: pass"],
+)  # fmt: skip
+def test_what_is_nested_is_looked_at_once(around: str) -> None:
+    text = "x.cuda()"
+    for _ in range(24):  # twice each would be sixteen million times
+        inner = text if "\n" not in around else "\n".join(f" {one}" for one in text.split("\n"))
+        text = around.format(inner)
+    assert [one.code for one in scan(f"import torch\n{text}\n")] == ["PAM201"]
