@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from portable_amp.cli import main
 from portable_amp.migrate import fixer, output
 from portable_amp.migrate.findings import Finding
+from portable_amp.migrate.flake8 import Plugin
 from portable_amp.migrate.scan import scan
 
 BAD = "import torch\nx = torch.ones(2).cuda()\n"
@@ -87,12 +91,20 @@ def test_formats(capsys: Capture) -> None:
 
 
 def test_what_is_no_part_of_a_project_is_left_out(capsys: Capture) -> None:
-    for folder in (".hidden", "__pycache__", "env"):
+    tools = ("__pycache__", "node_modules", "build", "dist", "site-packages", "venv")
+    for folder in (".hidden", "env", *tools):
         Path(folder).mkdir()
         Path(folder, "a.py").write_text(BAD)
     Path("env/pyvenv.cfg").touch()
     Path("link.py").symlink_to(".hidden/a.py")
+    Path("a.txt").write_text(BAD)
     assert main(["check", "."]) == 0
+    for name in tools:  # that is how the folder is named, and not how it begins or ends
+        Path(f"my{name}s").mkdir()
+        Path(f"my{name}s", "a.py").write_text(BAD)
+    assert main(["check", "."]) == 1
+    assert capsys.readouterr().out.count("PAM201") == len(tools)
+    assert main(["check", "build/a.py"]) == 1  # who names it means it
     assert main(["fix", "link.py"]) == 2
     assert "symbolic link" in capsys.readouterr().err
     assert Path(".hidden/a.py").read_text() == BAD
@@ -141,28 +153,169 @@ def test_all_other_bytes_stay(data: bytes) -> None:
     assert fixed == data
 
 
-def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    def given(text: str) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+def given(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """What stands on stdin."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
-    given(BAD)
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    given(monkeypatch, BAD)
     assert main(["check", "-", "--stdin-filename", "cell.py"]) == 1
     assert capsys.readouterr().out.startswith("cell.py:2:5: PAM201")
-    given("x = .")
+    given(monkeypatch, BAD)
+    assert main(["check", "-"]) == 1
+    assert capsys.readouterr().out.startswith("<stdin>:2:5: PAM201")
+    assert scan(BAD)[0].path == "<stdin>"
+    given(monkeypatch, "x = .")
     assert main(["check", "-"]) == 0  # nothing in it could be tied to CUDA
-    given("cuda = .")
+    given(monkeypatch, "cuda = .")
     assert main(["check", "-"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("portable-amp: <stdin>: is no Python, line 1")
 
 
-@pytest.mark.parametrize("indent", [1, 2])
-def test_notebooks(indent: int, capsys: Capture) -> None:
+def test_standard_input_is_fixed(monkeypatch: pytest.MonkeyPatch, capsysbinary: Any) -> None:
+    given(monkeypatch, BAD)
+    assert main(["fix", "-"]) == 0
+    fixed = fixer.apply(BAD, scan(BAD))
+    assert capsysbinary.readouterr().out == fixed.encode()
+    for text, code in ((BAD, 1), (fixed, 0)):
+        given(monkeypatch, text)
+        assert main(["fix", "-", "--diff", "--stdin-filename", "cell.py"]) == code
+        diff = capsysbinary.readouterr().out.decode()
+        assert diff.startswith("--- cell.py\n+++ cell.py\n") is bool(code)
+    given(monkeypatch, "import torch\ntorch.load(x)\n")
+    assert main(["fix", "-", "--unsafe-fixes"]) == 0
+    assert b"torch.load(x, map_location=ctx.device)" in capsysbinary.readouterr().out
+
+
+def test_settings_are_those_of_the_first_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    for folder, rule in (("one", "PAM201"), ("two", "PAM502")):
+        Path(folder).mkdir()
+        Path(folder, "a.py").write_text(BAD + "torch.load(x)\n")
+        Path(folder, "pyproject.toml").write_text(f'[tool.portable-amp]\nselect = ["{rule}"]\n')
+    for paths, wanted in (
+        (["one", "two"], ["PAM201"] * 2),
+        (["two/a.py", "one/a.py"], ["PAM502"] * 2),
+    ):
+        assert main(["check", *paths]) == 1
+        assert re.findall(r"PAM\d+", capsys.readouterr().out) == wanted
+    monkeypatch.chdir("two")
+    given(monkeypatch, BAD + "torch.load(x)\n")
+    assert main(["check", "-"]) == 1
+    assert re.findall(r"PAM\d+", capsys.readouterr().out) == ["PAM502"]
+
+
+def test_each_file_once_and_a_folder_in_order(capsys: Capture) -> None:
+    for name in ("c.py", "b.py", "a.py"):
+        Path(name).write_text(BAD)
+    assert main(["check", "b.py", ".", "b.py"]) == 1
+    assert re.findall(r"^\w+", capsys.readouterr().out, re.M) == ["b", "a", "c"]
+
+
+def test_fix_counts_the_files_and_what_is_left(capsys: Capture) -> None:
+    Path("a.py").write_text("import torch\n")
+    Path("b.py").write_text(BAD + "torch.load(x)\n")
+    Path("c.py").write_text("cuda = .")
+    Path("d.py").write_text(BAD)
+    assert main(["fix", "."]) == 2  # what is broken is named, and the rest goes on
+    out, err = capsys.readouterr()
+    assert out == "2 of 4 files changed; 1 places are left for you\n"
+    assert err.startswith("portable-amp: c.py: is no Python")
+    assert all(".to(ctx.device)" in Path(name).read_text() for name in ("b.py", "d.py"))
+    assert main(["fix", ".", "--ignore", "PAM5"]) == 2
+    assert capsys.readouterr().out == "0 of 4 files changed; 0 places are left for you\n"
+
+
+def side(diff: str, sign: str) -> str:
+    """The text before ("-") or after ("+"), of a diff that shows all lines."""
+    lines = diff.replace("\n\\ No newline at end of file\n", "\0\n").split("\n")
+    shown = [line[1:] + "\n" for line in lines[3:-1] if line[0] in (" ", sign)]
+    return "".join(shown).replace("\0\n", "")
+
+
+@pytest.mark.parametrize("text", [BAD, BAD[:-1], BAD.replace("x", "\f\n# \v\x1c\u2028\nx", 1)])
+def test_a_diff_says_all_that_changes(text: str, capsys: Capture) -> None:
+    Path("a.py").write_text(text, "utf-8", newline="")
+    assert main(["fix", "--diff", "a.py"]) == 1
+    diff = capsys.readouterr().out
+    assert diff.startswith("--- a.py\n+++ a.py\n@@ ")
+    assert diff.count("\n\\ No newline") == (0 if text.endswith("\n") else 2)
+    assert side(diff, "-") == text
+    assert main(["fix", "a.py"]) == 0
+    assert side(diff, "+") == Path("a.py").read_text("utf-8")
+
+
+class Terminal(io.StringIO):
+    """One that shows what is flushed."""
+
+    shown = ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        self.shown = self.getvalue()
+
+
+def test_a_bar_on_a_terminal_where_there_is_much_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    for number in range(45):
+        Path(f"a{number}.py").write_text("import torch\n")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert main(["check", ".", "--jobs", "1"]) == 0
+    bars = re.findall(r"\r\[(#*) *\] (\d+)/45", screen.shown)
+    assert [int(done) for _, done in bars] == [10, 20, 30, 40, 45]
+    assert [len(filled) for filled, _ in bars] == [30 * done // 45 for done in (10, 20, 30, 40, 45)]
+    assert {len(line) for line in screen.shown.split("\r")[1:]} == {len("[] 45/45") + 30}
+    assert screen.getvalue() == screen.shown + "\n"
+    monkeypatch.setattr(sys, "stderr", few := Terminal())
+    assert main(["check", *(f"a{number}.py" for number in range(40))]) == 0
+    assert few.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert main(["check", "."]) == 0
+    assert sys.stderr.getvalue() == ""
+    assert capsys.readouterr().out == ""
+
+
+def test_many_processes_tell_what_one_tells(capsys: Capture) -> None:
+    for number in range(45):
+        Path(f"a{number}.py").write_text(BAD if number % 9 == 0 else "import torch\n")
+    Path("z.py").write_text("cuda = .")
+    told = []
+    for jobs in ("1", "2", "0"):
+        assert main(["check", ".", "--jobs", jobs]) == 2
+        told.append(capsys.readouterr())
+    assert told[0].out.count("PAM201") == 5
+    assert told[0] == told[1] == told[2]
+
+
+def test_flake8_tells_what_check_tells(capsys: Capture) -> None:
+    text = "import torch\nif x:\n    y = 'äö', x.cuda(\n)\nx.to('cuda')\n"
+    Path("a.py").write_text(text, "utf-8")
+    assert main(["check", "a.py"]) == 1
+    plugin = Plugin(ast.parse(text), text.splitlines(keepends=True))
+    told = [f"a.py:{line}:{at + 1}: {what}\n" for line, at, what, _ in plugin.run()]
+    assert "".join(told) == capsys.readouterr().out
+    assert [kind for *_, kind in plugin.run()] == [Plugin, Plugin]
+
+
+@pytest.mark.parametrize("indent", [1, 2, 4, None, "\t"])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_notebooks(indent: int | str | None, plain: bool, end: str, capsys: Capture) -> None:
     cells = [
         {"cell_type": "markdown", "source": ["x.cuda()"]},
         {"cell_type": "code", "source": ["%pip install torch\n", "import torch"]},
         {"cell_type": "code", "source": ["%%bash\n", "echo cuda"]},
         {"cell_type": "code", "source": "x = torch.ones(2).cuda()\n!nvidia-smi\nx.mean?"},
     ]
-    text = json.dumps({"cells": cells, "ä": 1}, indent=indent, ensure_ascii=False) + "\n"
+    text = json.dumps({"cells": cells, "ä": 1}, indent=indent, ensure_ascii=plain) + end
     Path("a.ipynb").write_text(text, "utf-8")
     assert main(["check", "."]) == 1
     assert capsys.readouterr().out.startswith("a.ipynb:cell 4:1:5: PAM201")
@@ -173,7 +326,8 @@ def test_notebooks(indent: int, capsys: Capture) -> None:
     first = "".join(after[1]["source"])
     assert first.startswith("%pip install torch\nimport torch\nfrom portable_amp")
     assert [after[0], after[2]] == [cells[0], cells[2]]
-    assert fixed.endswith('"ä": 1\n}\n')
+    layout = json.dumps(json.loads(fixed), indent=indent, ensure_ascii=plain) + end
+    assert fixed == layout
 
 
 def test_an_interrupted_write_leaves_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,10 +380,11 @@ def test_what_fix_writes(before: str, after: str) -> None:
 def test_what_github_would_take_for_its_own_is_escaped() -> None:
     path, message = "50%,a:b\r\n.py", "100% of\r\nit: %0A, all"
     one = Finding(path, 3, 5, 4, "PAM201", "info", message, {}, "advice")
-    assert output.as_github([one]) == (
+    line = (
         "::notice file=50%25%2Ca%3Ab%0D%0A.py,line=3,endLine=4,col=5,title=PAM201::"
         "100%25 of%0D%0Ait: %250A, all\n"
     )
+    assert output.as_github([one, one]) == line * 2
 
 
 def test_first_and_last_lines_of_cells(tmp_path: Path, capsys: Capture) -> None:
@@ -283,3 +438,78 @@ def test_imports_go_into_the_first_cell_that_is_python(tmp_path: Path) -> None:
         'ctx = DeviceContext(precision="fp32")',
         "x = y.to(ctx.device)",
     ]
+
+
+MAGICS = (
+    "%pip install x", "%%time", "!ls", "! ls", "?x", "x.mean?", "x.mean??", "files = !ls",
+    "a, b = %who",
+)  # fmt: skip
+PYTHON = (
+    "for one in x:  # why?\n    one.cuda()",
+    "s = 'why?'; x.cuda(\n)",
+    "x = (7\n% 3)",
+    "x != y",
+)
+
+
+@pytest.mark.parametrize("indent", ["", "    ", "\t"])
+def test_what_is_no_python_in_a_cell_stays_as_it_is(indent: str) -> None:
+    for magic in MAGICS:
+        if magic.startswith("%%") and indent:
+            continue
+        source = f"if x:\n{indent}{magic}\n{indent}x.cuda()" if indent else f"{magic}\nx.cuda()"
+        page = {"cells": [{"cell_type": "code", "source": ["import torch\n", "x = 3"]}]}
+        page["cells"].append({"cell_type": "code", "source": source})
+        Path("a.ipynb").write_text(json.dumps(page))
+        assert main(["fix", "a.ipynb"]) == 0
+        fixed = json.loads(Path("a.ipynb").read_text())["cells"][1]["source"]
+        assert fixed == source.replace(".cuda()", ".to(ctx.device)")
+
+
+def test_what_is_python_in_a_cell_is_read() -> None:
+    cells = [{"cell_type": "code", "source": f"import torch\n{one}"} for one in PYTHON]
+    Path("a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert main(["fix", "a.ipynb"]) == 0
+    fixed = [one["source"] for one in json.loads(Path("a.ipynb").read_text())["cells"]]
+    for before, after in zip(PYTHON, fixed, strict=True):
+        assert after.endswith(before.replace(".cuda(", ".to(ctx.device"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"{", b"{}", b"[]", b"3", b'"cells"', b"\xff", b'{"cells": 3}', b'{"cells": [3]}'),
+        *(b'{"cells": [{}]}', b'{"cells": [{"cell_type": "code"}]}', b"[" * 100_000),
+        *(b'{"cells": [{"cell_type": "code", "source": %s}]}' % one for one in (b"3", b"[3]")),
+    ],
+    ids=lambda data: data[:60].decode("ascii", "replace"),
+)
+def test_what_is_no_notebook_is_told_in_one_line(data: bytes, capsys: Capture) -> None:
+    Path("a.ipynb").write_bytes(data)
+    for command in ("check", "fix"):
+        assert main([command, "a.ipynb"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("portable-amp: a.ipynb: is no notebook: ")
+
+
+def test_a_notebook_that_is_laid_out_by_hand_is_left_alone(capsys: Capture) -> None:
+    page = {"cells": [{"cell_type": "code", "source": BAD}]}
+    text = json.dumps(page, indent=3)
+    Path("a.ipynb").write_text(text)
+    assert main(["check", "a.ipynb"]) == 1
+    assert main(["fix", "a.ipynb"]) == 2
+    assert "cannot be written back" in capsys.readouterr().err
+    assert Path("a.ipynb").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"cuda = '\xff'", b"# coding: none-such\ncuda", b"# coding: ascii\ncuda = '\xe4'", b"cuda\0"],
+)
+def test_what_cannot_be_read_is_told_in_one_line(data: bytes, capsys: Capture) -> None:
+    Path("a.py").write_bytes(data)
+    for command in ("check", "fix"):
+        assert main([command, "a.py"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("portable-amp: a.py: ")
+    assert Path("a.py").read_bytes() == data

@@ -1032,10 +1032,30 @@ def test_what_is_no_python_is_refused() -> None:
         scan("import torch\nx = .cuda(\n")
 
 
-def test_what_is_nested_too_deeply_is_refused_in_one_line() -> None:
-    chain = "import torch\nif a: pass\n" + "elif b: pass\n" * 3000 + "else: y.cuda()\n"
+NESTED = {
+    "elif": lambda depth: "if a: pass\n" + "elif b: pass\n" * depth + "else: y.cuda()",
+    "attribute": lambda depth: "y" + ".a" * depth + ".cuda()",
+    "sum": lambda depth: "a + " * depth + "y.cuda()",
+    "sign": lambda depth: "-" * depth + "y.cuda()",
+    "argument": lambda depth: "f(" * depth + "y.cuda()" + ")" * depth,
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize("depth", [50, 800, 3000, 20_000])
+def test_what_is_nested_too_deeply_is_refused(kind: str, depth: int) -> None:
+    refused = False
+    try:
+        codes = [one.code for one in scan(f"import torch\n{NESTED[kind](depth)}\n")]
+    except SyntaxError:
+        refused = True
+    assert refused if depth > 5000 else refused or codes == ["PAM201"]
+    assert not (refused and depth < 100)
+
+
+def test_half_a_character_is_no_python() -> None:
     with pytest.raises(SyntaxError):
-        scan(chain)
+        scan("cuda = '\ud800'")
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,12 @@ def test_not_ascii_before_it_on_the_line() -> None:
     ("before", "after"),
     [
         ("import torch; x = torch.ones(1).cuda()\n", "\nx = torch.ones(1).to(ctx.device)\n"),
+        ("import os; import torch; torch.ones(1).cuda()\n", "\ntorch.ones(1).to(ctx.device)\n"),
         ("import os; import torch  # both\nx = torch.ones(1).cuda()\n", None),
+        ("if 1:\n    import torch\ntorch.ones(1).cuda()\n", None),
+        ("\n\nx = 1\nimport torch\ntorch.ones(1).cuda()\n", None),
+        ("# What it is.\n\nx = 1\nimport torch\ntorch.ones(1).cuda()\n", None),
+        ("import torch\ntorch.ones(1).cuda(non_blocking=True)\n", "\nctx.to(torch.ones(1))\n"),
         ("#!/usr/bin/env python\nx.cuda()  # torch\nimport torch\n", None),
         ('"""Doc."""\nimport torch\nif 1:\n    torch.cuda.synchronize()\n', None),
         ("try:\n    import torch\nexcept ImportError:\n    pass\ntorch.ones(1).cuda()\n", None),
@@ -190,6 +195,24 @@ def test_where_the_import_goes(before: str, after: str | None) -> None:
     assert ast.get_docstring(tree) == ast.get_docstring(ast.parse(before))
     assert not before.startswith("#!") or fixed.startswith("#!")
     assert after is None or fixed.endswith(after)
+
+
+@pytest.mark.parametrize("first", ["import torch", "from torch import nn", "import os"])
+def test_the_import_goes_below_those_of_others(first: str) -> None:
+    text = f"try:\n    {first}\nexcept ImportError:\n    pass\nimport os\nx.cuda()\n"
+    fixed = fix(text)
+    assert fixed.index("import os\n") < fixed.index("from portable_amp") < fixed.index("x.to(")
+
+
+def test_a_context_has_a_name_that_nobody_has() -> None:
+    taken: list[str] = []
+    for _ in range(7):
+        text = "import torch\n" + "".join(f"{one} = 1\n" for one in taken) + "x.cuda()\n"
+        (name,) = re.findall(r"^(\w+) = DeviceContext\(", fix(text), re.M)
+        assert fix(text).endswith(f"x.to({name}.device)\n")
+        assert name not in taken
+        taken.append(name)
+    assert taken[0] == "ctx"
 
 
 def finding(*edits: Edit, how: Any = "safe") -> Finding:
@@ -212,7 +235,7 @@ def test_a_finding_is_made_whole_or_not_at_all() -> None:
 
 def test_unsafe_only_when_asked() -> None:
     one = finding(Edit(0, 1, "z"), how="unsafe")
-    assert fixer.apply("a = 1", [one], unsafe=False) == "a = 1"
+    assert fixer.apply("a = 1", [one]) == "a = 1"
     assert fixer.apply("a = 1", [one], unsafe=True) == "z = 1"
 
 

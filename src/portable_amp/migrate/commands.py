@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,16 @@ def run(options: argparse.Namespace) -> int:
         SettingsError: settings are not understood.
         FileNotFoundError: a path does not exist.
     """
-    first = next((path for path in options.paths if path != "-"), ".")
-    chosen = settings.load(Path(first) if Path(first).is_dir() else Path(first).parent)
+    named = [path for path in options.paths if path != "-"]
+    first = Path(*named[:1])  # with stdin alone, the folder that we are in
+    chosen = settings.load(first if first.is_dir() else first.parent)
     for name in ("select", "ignore"):
         given = getattr(options, name)
         if given:
             listed = [word for word in re.split(r"[\s,]+", given) if word]
             setattr(chosen, name, settings.codes(listed, f"--{name}"))
     chosen.exclude += tuple(options.exclude)
-    paths = files.find([path for path in options.paths if path != "-"], chosen.exclude)
+    paths = files.find(named, chosen.exclude)
     if "-" in options.paths:
         return _standard_input(options, chosen)
     return (
@@ -103,7 +104,7 @@ def _waved(finding: Finding, lines: Sequence[str]) -> bool:
 def _placed(unit: files.Script | files.Notebook, finding: Finding) -> Finding:
     suffix, line = unit.place(finding.line)
     end = finding.end_line - finding.line + line
-    return replace(finding, path=finding.path + suffix, line=line, end_line=end)
+    return finding._replace(path=finding.path + suffix, line=line, end_line=end)
 
 
 def _one(path: Path) -> Outcome:
@@ -197,9 +198,9 @@ def _fix(paths: Sequence[Path], chosen: settings.Settings, options: argparse.Nam
 
 
 def _diff(before: str, after: str, path: str) -> str:
-    lines = difflib.unified_diff(
-        before.splitlines(keepends=True), after.splitlines(keepends=True), path, path
-    )
+    # A form feed, say, ends no line for those who read the diff.
+    old, new = (io.StringIO(text).readlines() for text in (before, after))
+    lines = difflib.unified_diff(old, new, path, path)
     return "".join(
         one if one.endswith("\n") else one + "\n\\ No newline at end of file\n" for one in lines
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SKIPPED = {"__pycache__", "node_modules", "build", "dist", "site-packages", "venv"}
-MAGIC = re.compile(r"^\s*([%!?]|\w[\w, ]*=\s*[%!])|\?\??\s*$")
+MAGIC = re.compile(r"^\s*(%[%\w]|[!?]|\w[\w, ]*=\s*[%!])|^[^#'\"]*\?\s*$")
 FOREIGN = re.compile(r"%%(?!(time|timeit|capture|prun)\b)")
 CELL, LINE = "# portable-amp: cell {}", "pass  # portable-amp: line {}"
 
@@ -79,16 +78,13 @@ class Script:
     def __post_init__(self) -> None:
         try:
             self.encoding, _ = tokenize.detect_encoding(io.BytesIO(self.data).readline)
-            self.text = self.data.decode(self.encoding.replace("utf-8-sig", "utf-8"))
+            self.text = self.data.decode(self.encoding)  # without the mark of utf-8-sig
         except (SyntaxError, UnicodeDecodeError, LookupError) as error:
             raise UnreadableError(f"cannot be decoded: {error}") from error
-        # A mark at the beginning is no part of the program.
-        self.mark = "\ufeff" if self.data.startswith(codecs.BOM_UTF8) else ""
-        self.text = self.text.removeprefix(self.mark)
 
     def with_text(self, text: str) -> bytes:
         """The file with another text."""
-        return (self.mark + text).encode(self.encoding.replace("utf-8-sig", "utf-8"))
+        return text.encode(self.encoding)
 
     def place(self, line: int) -> tuple[str, int]:
         """What to add to the path for a line of the text, and which line that is there."""
@@ -105,7 +101,7 @@ class Notebook:
             self.cells = {i: cell for i, cell in enumerate(cells) if cell["cell_type"] == "code"}
             sources = {i: "".join(cell["source"]) for i, cell in self.cells.items()}
             sources = {i: source for i, source in sources.items() if not FOREIGN.match(source)}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnreadableError(f"is no notebook: {error}") from error
         self.data, self.magic = data, list[str]()
         self.starts: list[tuple[int, int]] = []
@@ -117,9 +113,8 @@ class Notebook:
         self.text = "\n".join(lines) + "\n"
 
     def _hide(self, line: str) -> str:
-        indent = line[: len(line) - len(line.lstrip())]
-        self.magic.append(line)
-        return indent + LINE.format(len(self.magic) - 1)
+        self.magic.append(line.lstrip())
+        return line.removesuffix(self.magic[-1]) + LINE.format(len(self.magic) - 1)
 
     def with_text(self, text: str) -> bytes:
         """The notebook with another text in its cells.
@@ -127,7 +122,7 @@ class Notebook:
         Raises:
             UnreadableError: it cannot be written the way that it was.
         """
-        hidden = re.compile(r"^ *" + re.escape(LINE).replace(r"\{\}", r"(\d+)") + "$", re.M)
+        hidden = re.compile(re.escape(LINE).replace(r"\{\}", r"(\d+)") + "$", re.M)
         text = hidden.sub(lambda found: self.magic[int(found[1])], text)
         _, *parts = re.split(re.escape(CELL).replace(r"\{\}", r"(\d+)") + "\n", text)
         dump = self._style()

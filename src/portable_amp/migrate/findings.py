@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Level = Literal["error", "warning", "info"]
@@ -17,8 +16,7 @@ class Edit(NamedTuple):
     new: str
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One place. Lines and columns count from 1, columns in code points."""
 
     path: str

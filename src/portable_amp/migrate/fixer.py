@@ -15,7 +15,6 @@ from portable_amp.migrate.names import own
 from portable_amp.migrate.source import Source
 
 MADE = re.compile(r"(portable_amp\.)?DeviceContext\((precision=[^,()]+)?\)")
-CONTEXTS = ("ctx", "device_ctx", "amp_ctx", "portable_ctx", "portable_amp_ctx")
 
 
 def apply(text: str, findings: Sequence[Finding], *, unsafe: bool = False) -> str:
@@ -43,8 +42,8 @@ def apply(text: str, findings: Sequence[Finding], *, unsafe: bool = False) -> st
         {"DeviceContext"} if make else set()
     )
     used, known = _names(source.tree)
-    local = {one: known.get(one, f"portable_{one}" if one in used else one) for one in needed}
-    name = name or next(one for one in CONTEXTS if one not in used)
+    local = {one: known.get(one) or _free(one, used) for one in needed}
+    name = name or _free("ctx", used)
     for old, new in (("ctx", name), *local.items()):
         edits = [edit._replace(new=edit.new.replace(f"{{{old}}}", new)) for edit in edits]
     made = f'{name} = {local["DeviceContext"]}(precision="{precision}")' if make else ""
@@ -97,6 +96,12 @@ def _names(tree: ast.Module) -> tuple[set[str], dict[str, str]]:
         else:
             used.add(str(getattr(one, "id", getattr(one, "arg", ""))))
     return used, known
+
+
+def _free(name: str, used: set[str]) -> str:
+    while name in used:
+        name = f"portable_{name}"
+    return name
 
 
 def _context_of(source: Source, before: int) -> str:
@@ -168,8 +173,9 @@ def _imports(source: Source, names: dict[str, str], context: str) -> list[Edit]:
 
 
 def _after_comments(text: str) -> int:
-    found = re.match(r"(\ufeff?(#[^\r\n]*)?(\r\n|\r|\n))*", text)
-    return found.end() if found and text.startswith(("#", "\ufeff#")) else 0
+    found = re.match(r"((#[^\r\n]*)?(\r\n|\r|\n))*", text)
+    assert found
+    return found.end()
 
 
 def _unused(before: Source, after: Source) -> list[Edit]:

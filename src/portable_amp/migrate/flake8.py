@@ -11,9 +11,6 @@ from portable_amp.migrate.scan import scan
 class Plugin:
     """What flake8 asks for each file."""
 
-    name = "portable-amp"
-    version = "1"
-
     def __init__(self, tree: ast.AST, lines: Sequence[str]) -> None:
         self.text = "".join(lines)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import get_args
 
-from portable_amp.migrate.findings import Finding
+from portable_amp.migrate.findings import Finding, Level
 from portable_amp.migrate.rules import RULES
 
 PLATFORMS = ("CUDA", "ROCm", "MPS", "XPU", "CPU")
@@ -83,7 +84,7 @@ def as_markdown(findings: Sequence[Finding]) -> str:
     if not findings:
         return "# Platform report\n\nNothing is tied to CUDA.\n"
     lines = ["# Platform report", ""]
-    counts = [f"{sum(f.level == level for f in findings)} {level}" for level in _LEVELS]
+    counts = [f"{sum(f.level == level for f in findings)} {level}" for level in get_args(Level)]
     lines += [f"{len(findings)} places: {', '.join(counts)}.", ""]
     for path, group in groupby(findings, key=lambda one: one.path):
         lines += [f"## {_cell(path)}", "", f"| Line | Code | Level | {' | '.join(PLATFORMS)} |"]
@@ -97,7 +98,6 @@ def as_markdown(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-_LEVELS = ("error", "warning", "info")
 FORMATS: dict[str, Callable[[Sequence[Finding]], str]] = {
     "text": as_text,
     "json": as_json,

@@ -140,7 +140,8 @@ def rearranged(
         for at, one in enumerate(nodes)
     ]
     plain = text[:begin]  # and on without what the arguments and comments say
-    for start, end in (*spans, (source.span(call)[1] - 1, 0)):
+    close = source.span(call)[1] - 1
+    for start, end in (*spans, (close, close)):
         plain += re.sub(r"#[^\r\n]*", lambda one: " " * len(one[0]), text[len(plain) : start])
         plain += "x" * (end - start)
     last = max((at for at, argument in enumerate(names) if argument not in dropped), default=-1)
@@ -148,15 +149,15 @@ def rearranged(
     for at, argument in enumerate(names):
         assert mark
         start = _skip(" \t\r\n\\", plain, mark.end())  # with brackets of its own
-        comma = plain.find(",", spans[at][1])
-        stop = _skip(" \t", text, comma + 1) if comma >= 0 else len(plain.rstrip())
+        comma = re.compile(",").search(plain, spans[at][1])
+        stop = _skip(" \t", text, comma.end()) if comma else len(plain.rstrip())
         if argument in dropped:
             if at == last + 1 and mark[0] == "," and "#" not in text[mark.end() : start]:
                 start = mark.start()
             yield Edit(start, stop, "")
         elif dropped & {*names[:at]} and not isinstance(nodes[at], ast.keyword):
             yield Edit(start, start, f"{argument}=")
-        mark = re.compile(",").search(plain, spans[at][1])
+        mark = comma
 
 
 def _skip(characters: str, text: str, at: int) -> int:

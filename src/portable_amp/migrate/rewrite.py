@@ -294,13 +294,12 @@ def _first_card(node: ast.expr) -> bool:
 
 def _device_names(node: ast.AST) -> set[str]:
     """The name of a device that a node sets, or reads from the program's options."""
-    name = ""
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        name = node.id
-    elif isinstance(node, ast.Attribute):
-        stored = isinstance(node.ctx, ast.Store)
-        name = node.attr if stored or OPTIONS.fullmatch(ast.unparse(node.value)) else ""
-    return {name} if DEVICE_NAME.fullmatch(name) else set()
+    if not isinstance(node, (ast.Name, ast.Attribute)):
+        return set()
+    name = node.id if isinstance(node, ast.Name) else node.attr
+    option = isinstance(node, ast.Attribute) and OPTIONS.fullmatch(ast.unparse(node.value))
+    told = option or isinstance(node.ctx, ast.Store)
+    return {name} if told and DEVICE_NAME.fullmatch(name) else set()
 
 
 def _is_main(test: ast.expr) -> bool:

@@ -22,7 +22,7 @@ class Source:
                 self.tree = ast.parse(text)
             except (ValueError, RecursionError, MemoryError) as error:
                 raise SyntaxError(str(error) or "nested too deeply") from error
-        self._lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", text) or [""]
+        self._lines = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", text)
         self._starts = [0]
         for line in self._lines:
             self._starts.append(self._starts[-1] + len(line))
@@ -33,9 +33,7 @@ class Source:
             return len(self.text)
         content = self._lines[line - 1]
         if not content.isascii():
-            column = len(
-                content.encode("utf-8", "surrogatepass")[:column].decode("utf-8", "ignore")
-            )
+            column = len(content.encode()[:column].decode(errors="ignore"))
         return self._starts[line - 1] + column
 
     def span(self, node: ast.expr | ast.stmt | ast.keyword | ast.alias) -> tuple[int, int]:
