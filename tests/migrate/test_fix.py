@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 import stat
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import portable_amp
-from portable_amp.migrate import fixer, rules
+from portable_amp.migrate import fixer, regions, rules
 from portable_amp.migrate.findings import Edit, Finding
 from portable_amp.migrate.scan import scan
 
@@ -257,3 +259,35 @@ def test_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monkey
         fixer.write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("name", regions.ARGUMENTS)
+def test_arguments_come_in_the_order_of_torch(name: str) -> None:
+    called: Any = torch
+    for part in name.split(".")[1:]:
+        called = getattr(called, part)
+    assert regions.ARGUMENTS[name] == (*inspect.signature(called).parameters,)
+
+
+def test_the_dtypes_of_torch_under_all_their_names() -> None:
+    known = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    for name, dtype in vars(torch).items():
+        if isinstance(dtype, torch.dtype):
+            assert regions.DTYPES.get(f"torch.{name}") == known.get(dtype), name
+
+
+@pytest.mark.parametrize("home", ["portable_amp", "portable_amp.context"])
+def test_a_context_that_is_there_is_used(home: str) -> None:
+    head = f"import torch\nfrom {home} import DeviceContext\nit = DeviceContext(precision='fp16')\n"
+    assert fix(head + "torch.autocast('cuda')\n") == head + "it.autocast()\n"
+
+
+def test_an_annotation_changes_nothing() -> None:
+    head, tail = "import torch\ndevice", ' = torch.device("cuda")\n'
+    (plain,), (annotated,) = scan(head + tail), scan(head + ": torch.device" + tail)
+    assert plain.fix == annotated.fix == "safe"
+
+
+def test_a_device_on_the_line_of_main_is_not_there_for_who_imports() -> None:
+    text = "import torch\ndef f(x): return x.cuda()\nif __name__ == '__main__': device = pick()\n"
+    assert fix(text) == text
