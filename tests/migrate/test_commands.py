@@ -277,9 +277,9 @@ def test_a_bar_on_a_terminal_where_there_is_much_to_do(
     monkeypatch.setattr(sys, "stderr", few := Terminal())
     assert main(["check", *(f"a{number}.py" for number in range(40))]) == 0
     assert few.getvalue() == ""
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
     assert main(["check", "."]) == 0
-    assert sys.stderr.getvalue() == ""
+    assert file.getvalue() == ""
     assert capsys.readouterr().out == ""
 
 
