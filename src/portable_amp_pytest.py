@@ -6,6 +6,7 @@ A module of its own, for pytest loads it in every project: nothing is imported b
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "amp_machine" not in metafunc.fixturenames:
         return
     for mark in metafunc.definition.iter_markers("parametrize"):
-        if "amp_machine" in str(mark.args[0]):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        if re.search(r"\bamp_machine\b", str(names)):
             return
     metafunc.parametrize("amp_machine", _machines(metafunc.config), indirect=True)
 

@@ -1,4 +1,4 @@
-"""The pytest plugin, as a user's project has it: in a pytest of its own."""
+"""The pytest plugin, as a user's project has it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,49 @@ def test_training(amp_machine):
 def test_without():
     assert DeviceContext().device.type == "cpu"
 """
+
+# Tells what it plays, and nothing else: such a test takes no time.
+TELL = """
+def test_tell(amp_machine, record_property):
+    record_property("plays", (amp_machine.machine.key, amp_machine.live))
+"""
+
+
+class Seen:
+    """What a run of pytest in this process did, by test."""
+
+    def __init__(self) -> None:
+        self.plays: dict[str, tuple[str, bool]] = {}
+        self.outcomes: dict[str, str] = {}
+        self.why: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = report.nodeid.split("::")[-1]
+        if report.when == "call" or not report.passed:
+            self.outcomes[name] = report.outcome
+            self.why[name] = str(report.longrepr)
+            for _, told in report.user_properties:
+                self.plays[name] = told
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project for pytest in this process: no start of torch, and none of our own settings."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    return tmp_path
+
+
+def run_here(folder: Path, *options: str, test: str = TELL) -> tuple[int, Seen]:
+    (folder / "test_here.py").write_text(test)
+    seen, fixed = Seen(), ["-p", "portable_amp_pytest", "--import-mode=importlib"]
+    for name in ("cacheprovider", "faulthandler", "unraisableexception"):  # the last is slow
+        fixed += ["-p", f"no:{name}"]
+    try:
+        return pytest.main([*fixed, *options, str(folder)], plugins=[seen]), seen
+    finally:
+        sys.modules.pop("test_here", None)
 
 
 def run(folder: Path, *options: str, test: str = TEST) -> tuple[int, str]:
@@ -62,24 +105,92 @@ def test_all_of_them_live(tmp_path: Path) -> None:
     assert "gaudi2: live=True plays cuda, mps, xpu, not hpu" in told
 
 
-def test_the_setting_and_the_tests_own_choice(tmp_path: Path) -> None:
-    (tmp_path / "pytest.ini").write_text("[pytest]\namp_machines = h100, arc-a770,h100\n")
-    own = '\n\nimport pytest\n@pytest.mark.parametrize("amp_machine", ["v100"], indirect=True)\n'
-    own += "def test_own(amp_machine):\n    assert amp_machine.machine.key == 'v100'\n"
-    code, told = run(tmp_path, test=TEST + own)
-    assert code == 0, told
-    assert "test_training[h100] PASSED" in told
-    assert "ran on h100 \n" in told
-    assert "test_training[arc-a770] PASSED" in told
-    assert "test_own[v100] PASSED" in told
-    assert "4 passed" in told
+def test_what_is_not_asked_otherwise_is_what_the_help_says(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, seen = run_here(here)
+    played = [key for key, _ in seen.plays.values()]
+    assert code == 0
+    assert len(played) > 3
+    assert seen.outcomes == {f"test_tell[{key}]": "passed" for key in played}
+    assert not any(live for _, live in seen.plays.values())
+    capsys.readouterr()
+    assert run_here(here, "--help")[0] == 0
+    _, _, options = capsys.readouterr().out.partition("\nportable-amp:\n")
+    told = "".join(options.partition("\n\n")[0].split())
+    assert "--amp-machines=NAMES" in told
+    assert f"default:thesettingamp_machines,or{','.join(played)})" in told
+    assert "--amp-liveplay" in told
 
 
-def test_an_unknown_machine_is_one_line(tmp_path: Path) -> None:
-    code, output = run(tmp_path, "--amp-machines", "t4, m1")
+@pytest.mark.parametrize(
+    ("setting", "options", "played"),
+    [
+        ("h100, arc-a770,h100", [], ["h100", "arc-a770"]),
+        ("h100", ["--amp-machines=t4 ,, v100"], ["t4", "v100"]),
+        ("m1", ["--amp-machines=cpu"], ["cpu"]),
+    ],
+)
+def test_the_option_wins_over_the_setting(
+    here: Path, setting: str, options: list[str], played: list[str]
+) -> None:
+    (here / "pytest.ini").write_text(f"[pytest]\namp_machines = {setting}\n")
+    code, seen = run_here(here, *options)
+    assert code == 0
+    assert list(seen.plays.values()) == [(key, False) for key in played]
+
+
+def test_all_is_the_whole_catalogue(here: Path) -> None:
+    from portable_amp.testing import MACHINES
+
+    _, seen = run_here(here, "--amp-machines=t4,all")
+    assert [key for key, _ in seen.plays.values()] == [row.key for row in MACHINES]
+
+
+def test_live_machines_are_live_and_those_that_cannot_be_are_skipped(here: Path) -> None:
+    code, seen = run_here(here, "--amp-machines=gaudi2,t4", "--amp-live")
+    assert code == 0
+    assert seen.plays == {"test_tell[t4]": ("t4", True)}
+    assert seen.outcomes == {"test_tell[gaudi2]": "skipped", "test_tell[t4]": "passed"}
+    assert "gaudi2: live=True plays cuda, mps, xpu, not hpu" in seen.why["test_tell[gaudi2]"]
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        ['"amp_machine", ["v100"], indirect=True'],
+        ['argnames="amp_machine", argvalues=["v100"], indirect=True'],
+        ['["x", "amp_machine"], [(1, "v100")], indirect=["amp_machine"]'],
+        ['"x, amp_machine", [(1, "v100")], indirect=["amp_machine"]'],
+        ['"x", [1]', '"amp_machine", ["v100"], indirect=True'],
+    ],
+)
+def test_a_test_may_choose_its_machines_itself(here: Path, marks: list[str]) -> None:
+    text = "import pytest\n" + "".join(f"@pytest.mark.parametrize({mark})\n" for mark in marks)
+    x = "x, " if "x" in "".join(marks).replace("indirect", "") else ""
+    test = TELL.replace("\ndef test_tell(", f"{text}def test_tell({x}")
+    code, seen = run_here(here, "--amp-machines=t4,h100", test=test)
+    assert code == 0, seen.why
+    assert list(seen.plays.values()) == [("v100", False)]
+
+
+def test_what_else_a_test_is_parametrized_with_is_no_choice(here: Path) -> None:
+    test = 'import pytest\n@pytest.mark.parametrize("amp_machine_count", [1, 2])'
+    test += TELL.replace("test_tell(", "test_tell(amp_machine_count, ")
+    code, seen = run_here(here, "--amp-machines=t4,h100", test=test)
+    assert code == 0, seen.why
+    assert sorted(seen.plays.values()) == [("h100", False)] * 2 + [("t4", False)] * 2
+
+
+@pytest.mark.parametrize("test", [TELL, "def test_it():\n    pass\n"])
+def test_an_unknown_machine_is_refused_before_anything_runs(
+    here: Path, capsys: pytest.CaptureFixture[str], test: str
+) -> None:
+    code, seen = run_here(here, "--amp-machines", "t4, m1", test=test)
     assert code == pytest.ExitCode.USAGE_ERROR
-    (line,) = [line for line in output.splitlines() if line.strip()]
-    assert line == ("ERROR: --amp-machines: no machine 'm1' in the catalogue; there is m1-macos13")
+    assert not seen.outcomes
+    (line,) = [line for line in "".join(capsys.readouterr()).splitlines() if line.strip()]
+    assert line == "ERROR: --amp-machines: no machine 'm1' in the catalogue; there is m1-macos13"
 
 
 def test_a_project_that_does_not_use_it_pays_nothing(tmp_path: Path) -> None:
