@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -38,6 +39,59 @@ def test_each_layer_is_told_in_order(kind: str, dtype: torch.dtype) -> None:
         LayerDtype("right", "Linear", (fp32,), (dtype,)),
         LayerDtype("norm", "LayerNorm", (dtype,), (norm,)),
     ]
+
+
+class Attend(nn.Module):
+    """Attention as a layer: torch chooses its kernel by the device."""
+
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask, **self.options)
+
+
+HAS_GQA = "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
+@pytest.mark.parametrize("mask", [None, fp32, torch.bool])
+def test_attention_lowers_its_floating_inputs(
+    kind: str, dtype: torch.dtype, mask: torch.dtype | None
+) -> None:
+    masks = {} if mask is None else {"mask": torch.ones(3, 3, dtype=mask)}
+    takes = (fp32, fp32) if mask is not fp32 else (fp32, fp32, fp32)
+    heads = torch.ones(1, 4, 3, 2)
+    flow = dtype_flow(Attend(), {"q": heads, "k": heads, **masks}, kind, dtype)
+    assert flow == [LayerDtype("", "Attend", takes, (dtype,))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.skipif(not HAS_GQA, reason="torch 2.4 has no enable_gqa")
+def test_heads_of_attention_may_share_keys(kind: str) -> None:
+    batch = [torch.ones(1, 4, 3, 2), torch.ones(1, 2, 3, 2)]
+    (layer,) = dtype_flow(Attend(enable_gqa=True), batch, kind, bf16)
+    assert layer.gives == (bf16,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_model_is_made_of_is_kept(kind: str) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)).to(bf16)
+    assert dtype_flow(model, torch.tensor([1, 2]), kind, fp32) == [
+        LayerDtype("0", "Embedding", (), (bf16,)),  # takes indices
+        LayerDtype("1", "Linear", (bf16,), (bf16,)),
+    ]
+
+
+def test_a_layer_is_a_value() -> None:
+    flow = dtype_flow(nn.Sequential(nn.ReLU(), nn.ReLU()), torch.ones(1), "cpu")
+    assert len({*flow, *flow}) == 2
+    with pytest.raises(FrozenInstanceError):
+        flow[0].name = "other"  # type: ignore[misc]
 
 
 def test_a_cpu_flow_is_what_really_happens() -> None:

@@ -75,7 +75,7 @@ def dtype_flow(
         if kind_of(device.type).accelerator:
             stack.enter_context(guarded(device.type))
             stack.enter_context(replaced([(F, "scaled_dot_product_attention", _attention)]))
-        fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        fake = stack.enter_context(FakeTensorMode())
         stack.enter_context(torch.no_grad())
 
         def outline(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,6 @@ def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         query, args, kwargs = map_tensors(
             lambda t: t.to(dtype) if t.is_floating_point() else t, (query, args, kwargs)
         )
-    kwargs.pop("enable_gqa", None)
     out: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(query, *args, **kwargs)[0]
     return out
 
