@@ -234,10 +234,10 @@ def test_what_is_not_played_says_so() -> None:
 # --- memory ------------------------------------------------------------------------------------
 
 WORDS = {
-    "t4": (r"CUDA out of memory\. Tried to allocate", True),
-    "mi250": (r"HIP out of memory\. Tried to allocate", True),
-    "arc-a770": (r"XPU out of memory\. Tried to allocate", True),
-    "m2-macos15": (r"MPS backend out of memory \(MPS allocated", False),
+    "t4": (r"^CUDA out of memory\. Tried to allocate", True),
+    "mi250": (r"^HIP out of memory\. Tried to allocate", True),
+    "arc-a770": (r"^XPU out of memory\. Tried to allocate", True),
+    "m2-macos15": (r"^MPS backend out of memory \(MPS allocated", False),
 }
 
 
