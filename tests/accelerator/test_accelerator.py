@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,6 +233,114 @@ def test_autocast_picks_the_dtype_by_operation() -> None:
     assert (row @ row.mT).dtype is torch.float32
 
 
+def full(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, device=NAME)
+
+
+def half(*shape: int) -> torch.Tensor:
+    return full(*shape).to(torch.float16)
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device=NAME)
+
+
+def cell(name: str, gates: int) -> torch.Tensor:
+    state = full(2, 4) if name == "gru_cell" else (full(2, 4), full(2, 4))
+    made = getattr(torch, name)(full(2, 3), state, full(4 * gates, 3), full(4 * gates, 4))
+    return made if name == "gru_cell" else made[0]
+
+
+ATTENTION = (1, 1, 2, 2)
+# As CUDA's autocast: docs.pytorch.org, torch.amp, "Autocast Op Reference"; full() to float16.
+LOWERED = {
+    "_convolution": lambda: torch._convolution(
+        full(1, 2, 4), full(3, 2, 2), None, [1], [0], [1], False, [0], 1, *[False] * 4
+    ),
+    "addbmm": lambda: torch.addbmm(full(2, 2), full(3, 2, 2), full(3, 2, 2)),
+    "addmm": lambda: torch.addmm(full(2, 2), full(2, 2), full(2, 2)),
+    "addmv": lambda: torch.addmv(full(2), full(2, 2), full(2)),
+    "baddbmm": lambda: torch.baddbmm(full(3, 2, 2), full(3, 2, 2), full(3, 2, 2)),
+    "bmm": lambda: torch.bmm(full(3, 2, 2), full(3, 2, 2)),
+    "conv1d": lambda: F.conv1d(full(1, 2, 4), full(3, 2, 2)),
+    "conv2d": lambda: F.conv2d(full(1, 2, 4, 4), full(3, 2, 2, 2)),
+    "conv3d": lambda: F.conv3d(full(1, 2, 4, 4, 4), full(3, 2, 2, 2, 2)),
+    "conv_transpose1d": lambda: F.conv_transpose1d(full(1, 2, 4), full(2, 3, 2)),
+    "conv_transpose2d": lambda: F.conv_transpose2d(full(1, 2, 4, 4), full(2, 3, 2, 2)),
+    "conv_transpose3d": lambda: F.conv_transpose3d(full(1, 2, 4, 4, 4), full(2, 3, 2, 2, 2)),
+    "convolution": lambda: torch.convolution(
+        full(1, 2, 4), full(3, 2, 2), None, [1], [0], [1], False, [0], 1
+    ),
+    "einsum": lambda: torch.einsum("ij->i", full(2, 2)),
+    "gru_cell": lambda: cell("gru_cell", 3),
+    "linear": lambda: F.linear(full(2, 2), full(2, 2)),
+    "lstm_cell": lambda: cell("lstm_cell", 4),
+    "matmul": lambda: torch.matmul(full(2, 2), full(2, 2)),
+    "mm": lambda: torch.mm(full(2, 2), full(2, 2)),
+    "mv": lambda: torch.mv(full(2, 2), full(2)),
+    "prelu": lambda: torch.prelu(full(2, 2), full(1)),
+    "attention": lambda: F.scaled_dot_product_attention(*(full(*ATTENTION) for _ in "qkv")),
+}
+# half() to float32.
+KEPT: dict[str, Any] = {
+    **{
+        name: lambda name=name: getattr(half(2, 3), name)()
+        for name in ("exp", "expm1", "log", "log10", "log1p", "log2", "reciprocal", "rsqrt", "sum")
+    },
+    **{
+        name: lambda name=name: getattr(half(2, 3), name)(1)
+        for name in ("cumprod", "cumsum", "log_softmax", "logsumexp", "prod", "softmax")
+    },
+    **{
+        name: lambda name=name: getattr(F, name)(half(2, 3), half(2, 3))
+        for name in (
+            "binary_cross_entropy_with_logits", "cosine_similarity", "huber_loss", "l1_loss",
+            "mse_loss", "smooth_l1_loss",
+        )
+    },
+    "cdist": lambda: torch.cdist(half(2, 3), half(2, 3)),
+    "cosine_embedding_loss": lambda: F.cosine_embedding_loss(half(2, 3), half(2, 3), zeros(2) + 1),
+    "cross_entropy": lambda: F.cross_entropy(half(2, 3), zeros(2)),
+    "group_norm": lambda: F.group_norm(half(2, 4, 3), 2),
+    "kl_div": lambda: F.kl_div(half(2, 3), half(2, 3), reduction="sum"),
+    "layer_norm": lambda: F.layer_norm(half(2, 3), (3,)),
+    "linalg.vector_norm": lambda: torch.linalg.vector_norm(half(3)),
+    "nll_loss": lambda: F.nll_loss(half(2, 3), zeros(2)),
+    "nll_loss of images": lambda: F.nll_loss(half(2, 3, 1, 1), zeros(2, 1, 1)),
+    "norm": lambda: torch.ops.aten.norm(half(3), 2.0),
+    "norm of rows": lambda: torch.ops.aten.norm(half(2, 3), 2, [1]),
+    "power of a number": lambda: 2.0 ** half(3),
+    "power": lambda: half(3) ** half(3),
+    "prod of all": lambda: half(2, 3).prod(),
+    "rms_norm": lambda: F.rms_norm(half(2, 3), (3,)),
+    "softplus": lambda: F.softplus(half(3)),
+    "square": lambda: half(3) ** 2,
+    "sum of rows": lambda: half(2, 3).sum(1),
+    "triplet_margin_loss": lambda: F.triplet_margin_loss(half(2, 3), half(2, 3), half(2, 3)),
+}  # fmt: skip
+# Both together to float32.
+WIDENED = {
+    "addcdiv": lambda: torch.addcdiv(half(2), full(2), half(2)),
+    "addcmul": lambda: torch.addcmul(half(2), full(2), half(2)),
+    "atan2": lambda: torch.atan2(half(2), full(2)),
+    "bilinear": lambda: F.bilinear(half(1, 2), full(1, 2), half(3, 2, 2)),
+    "cross": lambda: torch.cross(half(2, 3), full(2, 3), dim=1),
+    "dot": lambda: torch.dot(half(2), full(2)),
+    "grid_sample": lambda: F.grid_sample(half(*ATTENTION), full(1, 2, 2, 2), align_corners=False),
+    "index_put": lambda: half(3).index_put((zeros(1),), full(1)),
+    "scatter_add": lambda: half(3).scatter_add(0, zeros(1), full(1)),
+    "tensordot": lambda: torch.tensordot(half(2, 2), full(2, 2), 1),
+    "vdot": lambda: torch.vdot(half(2), full(2)),
+}
+
+
+@pytest.mark.parametrize("name", [*LOWERED, *KEPT, *WIDENED])
+def test_autocast_has_cudas_rule_for_each_operation(name: str) -> None:
+    expected = torch.float16 if name in LOWERED else torch.float32
+    with torch.autocast(NAME, torch.float16):
+        assert (LOWERED | KEPT | WIDENED)[name]().dtype is expected
+
+
 def test_another_devices_autocast_does_nothing_here() -> None:
     x = torch.ones(2, 2, device=NAME)
     with torch.autocast("cpu", torch.bfloat16):
@@ -268,8 +377,10 @@ LAYERS = {
     "layer norm": (nn.LayerNorm(4), (5, 4)),
     "group norm": (nn.GroupNorm(2, 4), (2, 4, 3, 3)),
     "transformer": (nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), (2, 5, 8)),
-    "lstm": (nn.LSTM(4, 3, num_layers=2, batch_first=True), (2, 5, 4)),
-    "gru": (nn.GRU(4, 3, bias=False, bidirectional=True), (5, 2, 4)),
+    "lstm": (nn.LSTM(4, 5, num_layers=2, batch_first=True), (2, 5, 4)),
+    "lstm without bias": (nn.LSTM(4, 5, bias=False), (5, 2, 4)),
+    "gru": (nn.GRU(4, 5), (5, 2, 4)),
+    "gru without bias": (nn.GRU(4, 5, bias=False, bidirectional=True), (5, 2, 4)),
     "max pool": (nn.MaxPool2d(2), (2, 3, 8, 8)),
     "upsample": (nn.Upsample(scale_factor=2, mode="bilinear"), (2, 3, 4, 4)),
     "softmax": (nn.Softmax(-1), (3, 4)),
@@ -391,6 +502,30 @@ def test_a_view_into_inference_mode_stays_what_its_base_is() -> None:
         made = torch.ones(4, device=NAME)
         assert not weight.view(2, 2).is_inference()
     assert made.view(2, 2).is_inference()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_written_to_is_what_comes_back(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        x = torch.ones(3, device=NAME)
+        out = torch.empty(0, device=NAME)
+        assert x.add_(1) is x
+        assert torch.mul(x, x, out=out) is out
+        assert out.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_a_tensor_can_take_over_memory(dtype: torch.dtype) -> None:
+    x = torch.arange(4, device=NAME).to(dtype)
+    y = torch.empty(0, dtype=dtype, device=NAME).set_(x.untyped_storage())
+    x[1] = 9
+    assert y.tolist() == [0, 9, 2, 3]
+    assert y.stride() == (1,)
+
+
+def test_memory_of_others_is_refused_with_what_works() -> None:
+    with pytest.raises(NotImplementedError, match=r"torch\.save works here, pickle .* do not"):
+        pickle.loads(pickle.dumps(torch.ones(2, device=NAME)))
 
 
 def test_plain_numbers_mix_with_every_dtype() -> None:

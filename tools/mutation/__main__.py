@@ -54,7 +54,7 @@ OWN = {
     "doctor": ["tests/unit/test_cli.py"],
     "plan_cache": ["tests/unit/test_tuning.py"],
     "portable_amp_pytest": ["tests/unit/test_pytest_plugin.py"],
-    "testing/plugin": ["tests/unit/test_pytest_plugin.py"],
+    "testing/plugin": ["tests/accelerator"],
     "testing/machines": ["tests/unit/test_precision.py", "tests/unit/test_play.py"],
     "testing/dtypes": ["tests/unit/test_dtype_flow.py"],
     "testing/strategies": ["tests/property"],

@@ -203,7 +203,7 @@ class Plugin:
 
     def set_storage(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
         """All of a storage as one row: how torch copies storages."""
-        return _set_geometry(tensor, storage, 0, (storage.nbytes() // tensor.itemsize,), (1,))
+        return _set_geometry(tensor, storage, 0, (storage.nbytes() // tensor.itemsize,))
 
     def whole(self, operation: str) -> Callable[..., Any]:
         """That operation of the CPU as a kernel, where torch would do something else."""
