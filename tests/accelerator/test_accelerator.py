@@ -589,6 +589,17 @@ def test_memory_is_counted(accelerator: Accelerator) -> None:
     assert vendor().max_memory_allocated() == before
 
 
+def test_memory_that_grows_is_counted_once(accelerator: Accelerator) -> None:
+    gc.collect()
+    before = accelerator.ledger.allocated
+    x = torch.ones(2, device=NAME)
+    vendor().reset_peak_memory_stats()
+    x.resize_(MIB)
+    assert accelerator.ledger.peak <= before + 4 * MIB + 64
+    del x
+    assert accelerator.ledger.allocated == before
+
+
 def test_training_steps_leave_nothing_behind(accelerator: Accelerator) -> None:
     ctx = DeviceContext(NAME, precision="fp16")
     gc.collect()
