@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import platform
+import re
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import portable_amp
 from portable_amp import DeviceContext, MachineError, ScalerShim, backends, clear_cache
+from portable_amp.backends import Hardware
 from portable_amp.testing import MACHINES, Call, Machine, machine, play
 
 KEYS = [row.key for row in MACHINES]
@@ -40,6 +44,40 @@ def test_the_catalogue_is_large_and_names_its_sources() -> None:
     assert len(MACHINES) >= 20
     assert len(set(KEYS)) == len(KEYS)
     assert all(len(row.source) > 10 for row in MACHINES)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "support-matrix.md"
+PRINTED = [
+    [cell.strip(" `") for cell in line.strip("|").split("|")]
+    for line in PAGE.read_text("utf-8").partition("\n## The machines\n")[2].splitlines()
+    if line.startswith("| `")
+]
+
+
+@pytest.mark.parametrize("cells", PRINTED, ids=lambda cells: cells[0])
+def test_the_documents_print_every_fact_of_a_machine(cells: list[str]) -> None:
+    key, kind, name, readings, source = cells
+
+    def numbers(pattern: str) -> Any:
+        found = re.search(pattern.replace("N", r"(\d+)"), readings)
+        return found and tuple(map(int, found.groups()))
+
+    version, gib, macos = numbers("torch N.N"), numbers("N GiB"), numbers("macOS N.N")
+    with_fp64 = None if kind in ("hpu", "npu") else "no float64" not in readings
+    asked = True if kind in ("xpu", "hpu", "npu") else None  # the others have no such question
+    other = "Windows" if "Windows" in readings else "Linux"
+    row = machine(key)
+    assert row.hardware == Hardware(
+        kind, name, version, True, gib and gib[0] * 2**30, numbers(r"capability N.N"),
+        "".join(re.findall(r"gfx\w+", readings)), macos, "Darwin" if macos else other,
+        frozenset(readings.split("; ")[0].split(", ")) if kind == "cpu" else frozenset(),
+        with_fp64, asked, asked,
+    )  # fmt: skip
+    assert (row.source, row.triton) == (source, "no Triton" not in readings)
+
+
+def test_the_documents_print_every_machine() -> None:
+    assert [key for key, *_ in PRINTED] == KEYS
 
 
 def outside() -> tuple[object, ...]:
