@@ -335,10 +335,22 @@ WIDENED = {
 
 
 @pytest.mark.parametrize("name", [*LOWERED, *KEPT, *WIDENED])
-def test_autocast_has_cudas_rule_for_each_operation(name: str) -> None:
-    expected = torch.float16 if name in LOWERED else torch.float32
+def test_autocast_has_cudas_rule_for_each_operation(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation = (LOWERED | KEPT | WIDENED)[name]
+    vendor().manual_seed(0)
     with torch.autocast(NAME, torch.float16):
-        assert (LOWERED | KEPT | WIDENED)[name]().dtype is expected
+        got = operation()
+    vendor().manual_seed(0)
+    draw = full
+    if name in LOWERED:
+        monkeypatch.setitem(globals(), "full", lambda *shape: draw(*shape).half())
+    else:
+        monkeypatch.setitem(globals(), "half", lambda *shape: draw(*shape).half().float())
+    expected = operation()
+    assert expected.dtype is (torch.float16 if name in LOWERED else torch.float32)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_another_devices_autocast_does_nothing_here() -> None:
@@ -477,6 +489,36 @@ def test_devices_do_not_mix() -> None:
         x.numpy()
     assert (x + torch.tensor(1.0)).tolist() == [[2, 2], [2, 2]]  # a CPU scalar may mix
     assert x[torch.tensor([0])].tolist() == [[1, 1]]  # and so may indices
+
+
+def gathered(x: torch.Tensor) -> torch.Tensor:
+    x.requires_grad_()
+    (x[torch.tensor([2, 0, 2])] * 3).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    lengths = torch.tensor([3, 1])
+    return nn.utils.rnn.pack_padded_sequence(x.view(2, 3), lengths, batch_first=True).data
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda x: x[torch.tensor([2, 0])],
+        lambda x: torch.ops.aten._unsafe_index(x, [torch.tensor([2, 0])]),
+        lambda x: x.index_put((torch.tensor([2, 0]),), x[:2]),
+        lambda x: x.index_put_((torch.tensor([2, 0]),), x[:2].clone()),
+        gathered,
+        packed,
+    ],
+)
+def test_indices_and_lengths_may_stay_on_the_cpu(take: Any) -> None:
+    x = torch.arange(6.0)
+    expected, got = take(x.clone()), take(x.to(NAME))
+    assert got.device.type == NAME
+    assert got.tolist() == expected.tolist()
 
 
 def test_views_share_memory_and_geometry() -> None:

@@ -117,8 +117,6 @@ class Plugin:
         args, kwargs = map_tensors(down, (args, kwargs))
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        if "pin_memory" in kwargs:
-            kwargs["pin_memory"] = False
         owners = {cpu.untyped_storage()._cdata: mine for mine, cpu in pairs}
         # A number comes as such where the operation wants a tensor; the right overload takes it.
         plain = any(not isinstance(args[at], torch.Tensor) for at in _tensor_places(op, len(args)))
