@@ -209,3 +209,8 @@ def test_each_batch_has_a_tensor_and_one_length(data: st.DataObject) -> None:
     sizes = {len(tensor) for tensor in tensors_in(batch)}
     assert sizes == {length_of(batch)}
     assert sizes <= set(range(1, most + 1))
+    for part in containers(batch):
+        if isinstance(part, list) and all(isinstance(one, str) for one in part):
+            assert len(part) == length_of(batch)
+        elif isinstance(part, (dict, list, tuple)):
+            assert 1 <= len(part) <= 5
