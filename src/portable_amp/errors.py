@@ -18,7 +18,7 @@ __all__ = [
 
 
 def shown(value: object) -> str:
-    """What was given, for a message: in one line, and not a long one."""
+    """What was given, for a message: in one line of at most 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 

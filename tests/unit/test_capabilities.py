@@ -13,7 +13,6 @@ from portable_amp import Capabilities, MachineError, Support, backends, choose, 
 from portable_amp.backends import Hardware
 from portable_amp.capabilities import derive, look_up, look_up_awake
 from portable_amp.testing import MACHINES, machine
-from portable_amp.traps import traps_for
 from support import playing
 
 
@@ -342,12 +341,3 @@ def test_support_of_each_dtype(key: str) -> None:
     can = replace(machine(key).capabilities, float16=EMULATED, bfloat16=ABSENT)
     asked = [can.support(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
     assert asked == [NATIVE, EMULATED, ABSENT]
-
-
-@pytest.mark.parametrize(("version", "loses"), [((2, 4), True), ((2, 10), True), ((2, 11), False)])
-def test_the_trap_of_the_cache_that_loses_gradients_ends_with_torch_2_11(
-    version: tuple[int, int], loses: bool
-) -> None:
-    hardware = replace(machine("cpu").hardware, torch_version=version)
-    told = [trap.source for trap in traps_for(hardware, derive(hardware))]
-    assert any("112583" in source for source in told) is loses

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -80,12 +81,60 @@ def test_mps_has_one_generator() -> None:
 def test_another_machine_is_told_what_cannot_be_restored() -> None:
     with play("a100", count=2):
         saved = rng_state()
-    with pytest.warns(StateWarning, match="2 cuda device"):
-        set_rng_state(saved)
+    saved["xpu"] = saved["cuda"][:1]
+    with pytest.warns(StateWarning) as caught:
+        for _ in range(2):
+            set_rng_state(saved)
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 2
+    assert "2 cuda device" in told[0]
+    assert "1 xpu device" in told[1]
+    del saved["xpu"]
     with play("a100", count=1), pytest.warns(StateWarning, match="2 cuda device"):
         set_rng_state(saved)
 
 
-def test_foreign_state_is_refused() -> None:
-    with pytest.raises(ValueError, match="not a state of rng_state"):
-        set_rng_state({"cuda": []})
+def test_what_fits_is_restored_beside_what_does_not() -> None:
+    with play("max1550") as played:
+        played.generators[0].manual_seed(7)
+        saved = {**rng_state(), "cuda": [torch.get_rng_state()]}
+        seed_everything(9)
+        with pytest.warns(StateWarning, match="1 cuda device"):
+            set_rng_state(saved)
+        assert played.generators[0].initial_seed() == 7
+
+
+def test_a_device_whose_generator_cannot_be_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with play("max1550"):
+        saved = rng_state()
+        monkeypatch.delattr(torch.xpu, "set_rng_state")
+        with pytest.warns(StateWarning, match="1 xpu device"):
+            set_rng_state(saved)
+        monkeypatch.delattr(torch.xpu, "get_rng_state")
+        assert "xpu" not in rng_state()
+
+
+def test_numpy_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_everything(5)
+    with_numpy = rng_state()
+    first, second = draw(), draw()
+    set_rng_state(with_numpy)
+    assert draw() == first
+    monkeypatch.delitem(sys.modules, "numpy")
+    assert seed_everything(5) == 5
+    without = rng_state()
+    assert without.keys() == {"python", "torch"}
+    for state in (without, with_numpy):
+        set_rng_state(state)
+    monkeypatch.undo()
+    set_rng_state(without)
+    assert draw() == (first[0], second[1], first[2])  # NumPy's has gone on from where it was
+
+
+@pytest.mark.parametrize("missing", ["python", "torch"])
+def test_foreign_state_is_refused(missing: str) -> None:
+    saved = rng_state()
+    del saved[missing]
+    for state in (saved, {"cuda": []}):
+        with pytest.raises(ValueError, match="not a state of rng_state"):
+            set_rng_state(state)
