@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from portable_amp import (
     DeviceContext,
@@ -15,7 +20,8 @@ from portable_amp import (
     choose,
     context,
 )
-from portable_amp.testing import machine
+from portable_amp.testing import machine, play
+from portable_amp.testing.machines import MACHINES
 from support import playing, without_mps
 
 
@@ -34,7 +40,7 @@ def test_the_three_lines(key: str, lines: list[str]) -> None:
     with playing(key):
         ctx = DeviceContext(precision=True)
         assert ctx.summary().splitlines() == lines
-        assert ctx.explain().splitlines()[:3] == lines
+        assert ctx.explain().splitlines()[:4] == [*lines, ""]
 
 
 def test_explain_tells_every_decision() -> None:
@@ -52,6 +58,25 @@ def test_explain_tells_every_decision() -> None:
         "$PORTABLE_AMP_DEVICE",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize("key", [row.key for row in MACHINES])
+def test_explain_offers_what_would_be_honoured_there(key: str) -> None:
+    with playing(key) as hardware, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrecisionFallbackWarning)
+        for asked in ("auto", "fp16"):
+            ctx = DeviceContext(hardware.device_type, precision=asked)
+            others = {"fp32", "fp16", "bf16"} - {ctx.plan.name}
+            honoured = {
+                name
+                for name in others
+                if DeviceContext(ctx.device, precision=name).plan.name == name
+            }
+            (line,) = re.findall(r"To change it: (.*)", ctx.explain())
+            assert set(re.findall(r'"(\w+)"', line)) == honoured
+            assert ("DeviceContext(" in line) is bool(honoured)
+            assert ctx.scaler().is_enabled() is ("Gradient scaler: on;" in ctx.explain())
+            assert all(f"  Seen: {seen}." in ctx.explain() for seen in ctx.plan.evidence)
 
 
 @without_mps
@@ -90,6 +115,20 @@ def test_a_request_that_is_not_honoured_warns_once_per_device_and_request() -> N
     assert caught[0].filename == __file__
 
 
+def test_another_request_or_reason_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = replace(machine("m1-macos13").hardware, torch_version=(2, 4))
+    with playing(old), pytest.warns(PrecisionFallbackWarning) as caught:
+        for precision in ("fp16", "bf16", "fp16"):
+            DeviceContext("mps", precision=precision)
+    assert len(caught) == 2  # for one reason
+    poor = machine("gtx1660").capabilities
+    monkeypatch.setattr(context, "agree_on_plan", lambda request, can: choose(request, poor))
+    with playing("t4"), pytest.warns(PrecisionFallbackWarning) as caught:
+        for _ in range(2):
+            DeviceContext(precision="bf16").agreed()
+    assert ["fp16 works here" in str(warning.message) for warning in caught] == [True, False]
+
+
 def test_only_the_first_rank_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with playing("t4"):
@@ -102,7 +141,9 @@ def test_a_refusal_instead_of_a_fallback(monkeypatch: pytest.MonkeyPatch) -> Non
             DeviceContext(precision="bf16", unsupported="raise")
         DeviceContext(precision="fp16", unsupported="raise")
         DeviceContext(precision="auto", unsupported="raise")
-    for value, strict in {"1": True, "true": True, "0": False, "": False}.items():
+    on = dict.fromkeys(("1", "true", "Yes", "on", "2"), True)
+    off = dict.fromkeys(("0", "", " ", "false", "False", "no", "NO", " off "), False)
+    for value, strict in {**on, **off}.items():
         monkeypatch.setenv("PORTABLE_AMP_STRICT", value)
         expected = UnsupportedPrecisionError if strict else PrecisionFallbackWarning
         with playing("t4"), pytest.raises(expected):
@@ -134,6 +175,37 @@ def test_it_pickles_and_compares(caplog: pytest.LogCaptureFixture) -> None:
     assert twin != DeviceContext("cpu", precision="fp32")
     assert twin != "mps"
     assert repr(twin) == "DeviceContext('mps:0', precision='fp16')"
+
+
+def test_contexts_differ_in_each_part() -> None:
+    with playing("t4", count=2):
+        ctx = DeviceContext("cuda:0", precision="fp16")
+        same = DeviceContext(0, precision=torch.float16)
+        others = [
+            DeviceContext("cuda:1", precision="fp16"),
+            DeviceContext("cuda:0", precision="fp32"),
+            DeviceContext("cuda:0", precision="fp16", unsupported="raise"),
+        ]
+    with playing("v100"):
+        others.append(DeviceContext("cuda:0", precision="fp16"))
+    assert same == ctx
+    assert len({ctx, same, *others}) == 5
+
+
+def test_a_loader_without_arguments_loads_in_this_process() -> None:
+    loader: Any = DataLoader([1, 2], **DeviceContext("cpu").loader_options())  # type: ignore[arg-type]
+    assert loader.num_workers == 0
+    assert [batch.tolist() for batch in loader] == [[1], [2]]
+
+
+def test_the_cache_is_kept_below_the_pressure_that_is_named() -> None:
+    with play("t4", live=True, memory=10_000) as played:
+        ctx = DeviceContext()
+        held = torch.empty(1000, device=ctx.device)
+        for pressure, cleared in ((0.9, 0), (0.1, 1), (None, 2)):
+            ctx.clear_cache(min_pressure=pressure)
+            assert len(played.asked("empty_cache")) == cleared
+        del held
 
 
 def test_synchronize_asks_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

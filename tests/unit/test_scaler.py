@@ -22,7 +22,7 @@ from portable_amp import (
     maybe_autocast,
 )
 from portable_amp.backends import backend_for
-from portable_amp.testing import machine
+from portable_amp.testing import machine, play
 from support import asleep, playing, without_mps
 
 INF = float("inf")
@@ -61,6 +61,23 @@ def test_it_is_on_only_where_automatic_precision_is_fp16(key: str, on: bool) -> 
     assert not ScalerShim().is_enabled()
 
 
+def test_the_defaults_are_torchs() -> None:
+    expected = torch.amp.GradScaler("cpu").state_dict()
+    assert enabled().state_dict() == expected
+    with playing("t4"):
+        assert DeviceContext(precision="fp16").scaler().state_dict() == expected
+    off = ScalerShim("cpu")
+    for name in ("growth_factor", "backoff_factor", "growth_interval"):
+        assert getattr(off, f"get_{name}")() == expected[name]
+
+
+@pytest.mark.parametrize("wrong", [{"growth_factor": 1.0}, {"backoff_factor": 1.0}])
+def test_factors_that_torch_refuses_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(AssertionError):
+        enabled(**wrong)
+    ScalerShim("cpu", enabled=False, **wrong)
+
+
 def test_the_scaler_of_a_context_takes_torchs_numbers() -> None:
     with playing("t4"):
         scaler = DeviceContext(precision="fp16").scaler(8.0, 4.0, 0.25, 5)
@@ -97,7 +114,8 @@ def test_an_absent_device_disables_it_and_is_told_once() -> None:
     with pytest.warns(PrecisionFallbackWarning, match="finds no such device") as caught:
         assert not ScalerShim("cuda", enabled=True).is_enabled()
         assert not ScalerShim("cuda:0", enabled=True).is_enabled()
-    assert len(caught) == 1
+        assert not ScalerShim("xpu", enabled=True).is_enabled()  # another subject
+    assert len(caught) == 2
 
 
 def test_a_disabled_scaler_answers_its_getters() -> None:
@@ -121,6 +139,13 @@ def test_a_finite_step_and_a_skipped_one() -> None:
     assert (result.stepped, result.scale) == (False, 65536.0)
     assert w.tolist() == [0.0, 1.0]
     assert scaler.get_scale() == 32768.0
+
+
+def test_a_step_without_scaling_has_the_scale_1() -> None:
+    w, scaler = weight(), ScalerShim("cpu")
+    result = scaler.backward_step((w * 2).sum(), sgd(w))
+    assert (result.stepped, result.scale, result.grad_norm) == (True, 1.0, None)
+    assert w.grad is None
 
 
 def test_clipping_sees_unscaled_gradients() -> None:
@@ -165,13 +190,17 @@ def test_a_fused_optimizer_without_gradients_is_no_error() -> None:
     scaler.update()
 
 
+class Takes(torch.optim.SGD):
+    """Decides by itself, as with torch's deprecated way of fused optimizers."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:  # type: ignore[override]
+        self.got = grad_scaler
+        super().step(closure)
+
+
 def test_an_optimizer_that_takes_the_scaler_is_called_with_it() -> None:
-    class Takes(torch.optim.SGD):
-        _step_supports_amp_scaling = True
-
-        def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:
-            self.got = grad_scaler
-
     w, scaler = weight(), enabled()
     optimizer = Takes([w], lr=0.1)
     scaler.scale(w.sum()).backward()
@@ -189,21 +218,26 @@ def count_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return fetched
 
 
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU plays a device that computes later: reading a number waits for it."""
+    slow = replace(backend_for("cpu"), synchronize="cpu.synchronize")
+    monkeypatch.setattr("portable_amp.scaler.backend_for", lambda kind: slow)
+
+
+@pytest.mark.usefixtures("waiting")
 @pytest.mark.parametrize("fused", [False, True])
-def test_no_fetch_from_the_device_beyond_torchs_own(
-    monkeypatch: pytest.MonkeyPatch, fused: bool
-) -> None:
+def test_no_fetch_from_the_device_beyond_torchs_own(fused: bool) -> None:
     def steps(scaler: Any) -> int:
         w = weight()
-        scaler._waits = True  # as a device does that is no CPU
         optimizer = torch.optim.Adam([w], fused=fused)
-        fetched = count_fetches(monkeypatch)
-        for factor in (1.0, INF, 1.0):
-            scaler.scale((w * factor).sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        monkeypatch.undo()
+        with pytest.MonkeyPatch.context() as patch:
+            fetched = count_fetches(patch)
+            for factor in (1.0, INF, 1.0):
+                scaler.scale((w * factor).sum()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
         return len(fetched)
 
     assert steps(enabled()) == steps(torch.amp.GradScaler("cpu"))
@@ -231,8 +265,11 @@ def test_arguments_and_result_of_step_pass_through(on: bool) -> None:
     w = weight()
     optimizer, scaler = Recorder([w], lr=0.1), ScalerShim("cpu", enabled=on)
     scaler.scale(w.sum()).backward()
-    assert scaler.step(optimizer, 1, two=2) == "returned"
-    assert optimizer.seen == ((1,), {"two": 2})
+    assert scaler.step(optimizer, 1, print, two=2) == "returned"  # only the first is a closure
+    assert optimizer.seen == ((1, print), {"two": 2})
+    scaler.update()
+    optimizer.zero_grad()
+    assert scaler.backward_step(w.sum(), optimizer).stepped  # its step names no closure
 
 
 @pytest.mark.parametrize("has_float64", [True, False])
@@ -295,17 +332,27 @@ def test_update_takes_a_whole_number() -> None:
 def test_a_collapsing_scale_is_reported_once() -> None:
     w, scaler = weight(), enabled()
     optimizer = sgd(w)
-    for _ in range(31):
-        scaler.backward_step((w * INF).sum(), optimizer)
+
+    def told(steps: int) -> list[tuple[int, str]]:
+        """After which of so many skipped steps, and what."""
+        found = []
+        for n in range(1, steps + 1):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                scaler.backward_step((w * INF).sum(), optimizer)
+            assert {warning.category for warning in caught} <= {ScaleCollapseWarning}
+            found += [(n, str(warning.message)) for warning in caught]
+        return found
+
+    ((at, text),) = told(100)
+    assert at == 32
+    assert "fallen to 6.10352e-05 after 32 skipped" in text
     assert scaler.get_scale() == 2.0**-14
-    with pytest.warns(ScaleCollapseWarning, match="to 6.10352e-05 after 32 skipped") as caught:
-        for _ in range(100):
-            scaler.backward_step((w * INF).sum(), optimizer)
-    assert len(caught) == 1
-    scaler.backward_step(w.sum(), optimizer)  # the next collapse is another one
-    with pytest.warns(ScaleCollapseWarning):
-        for _ in range(64):
-            scaler.backward_step((w * INF).sum(), optimizer)
+    for _ in range(2):
+        scaler.backward_step(w.sum(), optimizer)  # the next collapse is another one
+        ((at, text),) = told(50)
+        assert at == 16
+        assert "after 16 skipped" in text
 
 
 def test_a_collapse_under_a_fused_optimizer_is_reported_when_results_are_read() -> None:
@@ -337,6 +384,28 @@ def test_a_scale_that_was_chosen_below_the_floor_stays_there() -> None:
         assert scaler.get_scale() == 2.0**-20
 
 
+def test_a_scale_that_was_set_below_the_floor_stays_while_steps_are_taken() -> None:
+    w, scaler = weight(), enabled()
+    scaler.update(2.0**-20)
+    for _ in range(2):
+        assert scaler.backward_step(w.sum(), sgd(w)).stepped
+        assert scaler.get_scale() == 2.0**-20
+
+
+def test_the_floor_holds_where_one_of_two_optimizers_steps() -> None:
+    for factors in ((INF, 1.0), (1.0, INF)):
+        w, other = weight(), weight()
+        scaler = enabled(init_scale=2.0**-10)
+        optimizers = [sgd(w), sgd(other)]
+        for _ in range(6):
+            scaler.scale((w * factors[0]).sum() + (other * factors[1]).sum()).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+        assert scaler.get_scale() == 2.0**-14
+
+
 def test_a_calibrating_scale_is_not_a_collapse() -> None:
     w, scaler = weight(), enabled()
     for factor in [INF] * 20 + [1.0]:
@@ -365,9 +434,24 @@ def test_missing_state_starts_fresh_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_foreign_state_is_refused(on: bool) -> None:
-    with pytest.raises(ValueError, match="not the state of a gradient scaler"):
-        ScalerShim("cpu", enabled=on).load_state_dict({"scale": 1.0})
+@pytest.mark.parametrize("missing", torch.amp.GradScaler("cpu").state_dict())
+def test_foreign_state_is_refused(on: bool, missing: str) -> None:
+    state = enabled(init_scale=8.0).state_dict()
+    del state[missing]
+    scaler = ScalerShim("cpu", enabled=on)
+    before = scaler.state_dict()
+    with pytest.raises(ValueError, match="not the state of a gradient scaler") as caught:
+        scaler.load_state_dict(state)
+    assert repr(missing) in str(caught.value)
+    assert scaler.state_dict() == before
+
+
+def test_loaded_state_is_not_what_the_step_before_changes() -> None:
+    for factor in (INF, 1.0):
+        w, scaler = weight(), enabled(growth_interval=1)
+        scaler.backward_step((w * factor).sum(), sgd(w))
+        scaler.load_state_dict(enabled(init_scale=8.0).state_dict())
+        assert scaler.get_scale() == 8.0
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -376,6 +460,7 @@ def test_it_pickles_and_copies_between_steps(on: bool) -> None:
     scaler.backward_step(w.sum(), sgd(w))
     for twin in (pickle.loads(pickle.dumps(scaler)), copy.deepcopy(scaler)):
         assert twin.state_dict() == scaler.state_dict()
+        assert twin.last_step is None  # it may hold tensors of the device
         twin.backward_step(w.sum(), sgd(w))
 
 
@@ -411,11 +496,49 @@ def test_steps_without_any_loss_or_gradient(on: bool, fused: bool) -> None:
     assert scaler.get_scale() == (512.0 if on else 1.0)
 
 
-def test_gradients_of_a_loss_that_was_never_scaled_are_refused() -> None:
+@pytest.mark.parametrize("has_float64", [True, False])
+@pytest.mark.parametrize("ask", ["step", "unscale_"])
+def test_gradients_of_a_loss_that_was_never_scaled_are_refused(has_float64: bool, ask: str) -> None:
+    told = []
+    for scaler in (enabled(), torch.amp.GradScaler("cpu")):
+        w = weight()
+        w.sum().backward()
+        scaler._has_float64 = has_float64
+        with pytest.raises(AssertionError, match="did not use") as caught:
+            getattr(scaler, ask)(sgd(w))
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("has_float64", [True, False])
+def test_unscaling_whatever_the_default_dtype_and_never_of_fp16(has_float64: bool) -> None:
     w, scaler = weight(), enabled()
-    w.sum().backward()
-    with pytest.raises(AssertionError, match="did not use"):
-        scaler.step(sgd(w))
+    half = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    optimizer, of_fp16 = sgd(w), sgd(half)
+    scaler._has_float64 = has_float64
+    scaler.scale(w.sum()).backward()
+    torch.set_default_dtype(torch.float64)
+    try:
+        scaler.unscale_(optimizer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert w.grad is not None
+    assert w.grad.tolist() == [1.0, 1.0]
+    scaler.scale(half.float().sum()).backward()
+    with pytest.raises(ValueError, match="FP16 gradients"):
+        scaler.unscale_(of_fp16)
+
+
+@without_mps
+def test_a_device_without_float64_is_trained_there() -> None:
+    with play("arc-a770", live=True):
+        ctx = DeviceContext(precision="fp16")
+        w = torch.nn.Parameter(torch.tensor([1.0, 2.0], device=ctx.device))
+        scaler, optimizer = ctx.scaler(), sgd(w)
+        for factor in (1.0, INF):
+            result = scaler.backward_step((w * factor).sum(), optimizer, max_norm=1e3)
+            assert result.stepped is (factor == 1.0)
+        assert w.tolist() == [0.5, 1.5]
 
 
 def test_an_update_before_any_loss_sets_the_scale() -> None:
@@ -631,6 +754,13 @@ def test_gradients_that_another_loss_may_have_left_are_refused(on: bool) -> None
     scaler.backward_step(ours.loss("d"), ours.optimizers["d"])
 
 
+def test_a_single_optimizer_may_have_gradients_already() -> None:
+    w = weight()
+    w.sum().backward()
+    ScalerShim("cpu").backward_step(w.sum(), sgd(w))
+    assert w.tolist() == [0.0, 1.0]
+
+
 def test_gradients_that_were_unscaled_by_hand_are_refused() -> None:
     w, scaler = weight(), enabled()
     optimizer = sgd(w)
@@ -749,13 +879,6 @@ def test_a_step_on_gradients_that_are_not_finite_is_taken_if_told() -> None:
     assert not w.isfinite().any()
 
 
-@pytest.fixture
-def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU plays a device that computes later: reading a number waits for it."""
-    slow = replace(backend_for("cpu"), synchronize="cpu.synchronize")
-    monkeypatch.setattr("portable_amp.scaler.backend_for", lambda kind: slow)
-
-
 @pytest.mark.usefixtures("waiting")
 def test_no_wait_for_the_norm_where_it_would_cost_one(monkeypatch: pytest.MonkeyPatch) -> None:
     w, scaler = weight(), ScalerShim("cpu")
@@ -771,6 +894,14 @@ def test_no_wait_for_the_norm_where_it_would_cost_one(monkeypatch: pytest.Monkey
     assert not result.stepped
     assert w.tolist() == [1.0, 2.0]
     assert scaler.backward_step(w.sum(), sgd(w), max_norm=1.0).grad_norm == pytest.approx(2**0.5)
+
+
+@pytest.mark.usefixtures("waiting")
+def test_an_optimizer_that_takes_the_scaler_is_no_fused_one() -> None:
+    w, scaler = weight(), ScalerShim("cpu")
+    result = scaler.backward_step((w * INF).sum(), Takes([w], lr=0.1), max_norm=1.0)
+    assert result.stepped
+    assert not w.isfinite().any()
 
 
 @pytest.mark.usefixtures("waiting")
@@ -842,13 +973,20 @@ def test_fp16_that_no_disabled_scaler_follows_is_not_told() -> None:
             pass
         scaler.backward_step(w.sum(), sgd(w))
 
+    told: list[Any] = []
+
     def elsewhere() -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scaler.backward_step(w.sum(), sgd(w))
+        told.extend(caught)
         with region:
             pass
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
+    assert not told
     scaler.backward_step(w.sum(), sgd(w))
 
 

@@ -672,6 +672,14 @@ def test_the_seconds_it_may_take(clock: Clock) -> None:
     assert 0.2 < sum(clock.steps.values()) * 0.004 < 0.25
 
 
+@pytest.mark.parametrize(("before", "rounds"), [(7.44, 2), (7.46, 1)])
+def test_a_minute_is_what_it_may_take_by_default(clock: Clock, before: float, rounds: int) -> None:
+    clock.tick = 0.0  # check and warm-up of four candidates, and one round: 60 s
+    model = Scripted(clock, lambda name, step: before if step < MEASURED else 0.1)
+    context().tuned(model, IMAGES, cache=False)
+    assert clock.steps[EACH[0]] == MEASURED + rounds
+
+
 def test_what_is_clearly_slower_is_measured_no_more(clock: Clock) -> None:
     slow = dict(zip(EACH, (0.1, 0.3, 0.1, 0.13), strict=True))
     scripted(clock, lambda name, step: slow[name])
