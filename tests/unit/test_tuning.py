@@ -1058,7 +1058,7 @@ def test_the_key_has_each_numeric_mode(name: str) -> None:
     set_to, before = setter or partial(setattr, where, last), getattr(where, last)
     before = before() if callable(before) else before
     if value == before:  # other settings, once they are said, set it too
-        value = "tf32"
+        value = not before if isinstance(before, bool) else "tf32"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old names
         plain, all_plain = told_of(name), key()
