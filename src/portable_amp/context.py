@@ -24,11 +24,14 @@ from portable_amp.distributed import agree_on_plan, common_to_ranks, of_rank_0
 from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
 from portable_amp.memory import clear_cache, memory_stats
 from portable_amp.notices import tell_once
+from portable_amp.numerics.report import Report
+from portable_amp.numerics.verify import verify
+from portable_amp.numerics.walk import Place
 from portable_amp.plan_cache import forget_plan, keep, recall, signature
 from portable_amp.precision import Precision, PrecisionPlan, choose
 from portable_amp.scaler import ScalerShim
 from portable_amp.transfer import fetch, loader_options, prefetch, to_device
-from portable_amp.tuning import TUNED, mean_square, tune
+from portable_amp.tuning import LAYOUTS, TUNED, mean_square, tune
 
 STRICT_VARIABLE = "PORTABLE_AMP_STRICT"
 _OFF = ("", "0", "false", "no", "off")
@@ -195,6 +198,44 @@ class DeviceContext:
         tuned = _restore(self.device, self.capabilities, plan, self.unsupported)
         tuned._tell()
         return tuned
+
+    def verify(
+        self,
+        model: torch.nn.Module,
+        batch: Any,
+        *,
+        loss: Callable[[torch.nn.Module, Any], torch.Tensor] = mean_square,
+        repeats: int = 2,
+    ) -> Report:
+        """Whether this device computes the model right under the plan, module by module.
+
+        Each module runs alone, here and on the CPU in float64, with the inputs and the gradient
+        that it gets there; the modules inside of it answer as they do there. So no error adds up,
+        and what is off is named. It works on copies: model, gradients and random states stay.
+
+        Args:
+            model: in the mode it is in. What draws at random is compared without.
+            batch: as the loop has it.
+            loss: called with the model and the batch, returns a scalar tensor. By default the mean
+                square of what the model makes of the batch, or of its first part.
+            repeats: how many times each module runs on the device.
+
+        Returns:
+            `ok`, `faults` and `notes`; printed, it is a verdict in words.
+
+        Raises:
+            RuntimeError: the model fails on this batch, or cannot be copied.
+
+        >>> ctx = DeviceContext("cpu", precision="fp32")
+        >>> ctx.verify(torch.nn.Linear(8, 3), torch.randn(4, 8)).ok
+        True
+        """
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model = getattr(model, "_orig_mod", model)
+        names = {layout: name for name, layout in LAYOUTS.items()}
+        layout = names[self.plan.memory_format]
+        place = Place(self.device, self.autocast, self.plan.dtype, layout, True, repeats)
+        return verify(model, batch, place, loss=loss, move=self._moved, plan=self.plan.name)
 
     def scaler(
         self,

@@ -21,7 +21,7 @@ FLOORS = (
     {"autocast", "memory", "transfer", "rng", "checkpoint", "distributed"},
     {"scaler"},
     {"tuning"},
-    {"plan_cache"},
+    {"plan_cache", "numerics"},
     {"context"},
     {"api"},
     {"doctor", "migrate", "testing"},

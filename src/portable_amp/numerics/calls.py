@@ -1,0 +1,113 @@
+"""One call of one module: what it was given, what it returned, and which modules it called."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from portable_amp.nested import map_tensors, tensors_in
+
+Call_ = Callable[..., Any]
+
+
+@dataclass
+class Call:
+    """Copies, without a graph, of all that went in and came out."""
+
+    name: str
+    """The module's, in the model; "" is the model itself."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    gradients: list[torch.Tensor | None] = field(default_factory=list)
+    """That reached each float tensor of the output; None where none did."""
+    written: bool = False
+    """It wrote into a tensor that it was given."""
+
+
+def floats(value: Any) -> list[torch.Tensor]:
+    """The tensors in it that have gradients, by their dtype."""
+    return [one for one in tensors_in(value) if one.is_floating_point() or one.is_complex()]
+
+
+def copied(value: Any) -> Any:
+    """The same with copies of its tensors, without a graph."""
+    return map_tensors(lambda one: one.detach().clone(), value)
+
+
+def named_calls(module: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module]:
+    """All modules inside of it, by their names in the model."""
+    return {
+        f"{prefix}.{name}" if prefix else name: inner
+        for name, inner in module.named_modules()
+        if name
+    }
+
+
+@contextlib.contextmanager
+def answered(
+    inner: dict[str, torch.nn.Module],
+    answer: Callable[[str, torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+) -> Iterator[None]:
+    """Whoever calls one of these modules gets an answer in its place.
+
+    It stands where `Module.compile` puts the compiled call: in front of the module's own hooks.
+    """
+    before = {name: one._compiled_call_impl for name, one in inner.items()}
+    for name, one in inner.items():
+        one._compiled_call_impl = _asking(answer, name, one)
+    try:
+        yield
+    finally:
+        for name, one in inner.items():
+            one._compiled_call_impl = before[name]
+
+
+def _asking(answer: Any, name: str, module: torch.nn.Module) -> Call_:
+    def asks(*args: Any, **kwargs: Any) -> Any:
+        return answer(name, module, args, kwargs)
+
+    return asks
+
+
+class Recorder:
+    """Notes the outermost calls among the modules that it is asked about."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.inside = False
+
+    def __call__(
+        self, name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call it, and keep what went in and out."""
+        if self.inside:
+            return module._call_impl(*args, **kwargs)
+        call = Call(name, copied(args), copied(kwargs))
+        given = [*tensors_in((args, kwargs))]
+        versions = [one._version for one in given]
+        self.inside = True
+        try:
+            output = module._call_impl(*args, **kwargs)
+        finally:
+            self.inside = False
+        call.written = versions != [one._version for one in given]
+        call.output = copied(output)
+        found = floats(output)
+        call.gradients = [None] * len(found)
+        for at, one in enumerate(found):
+            if one.requires_grad:
+                one.register_hook(_keeping(call.gradients, at))
+        self.calls.append(call)
+        return output
+
+
+def _keeping(gradients: list[torch.Tensor | None], at: int) -> Callable[[torch.Tensor], None]:
+    def keep(gradient: torch.Tensor) -> None:
+        gradients[at] = gradient.detach().clone()
+
+    return keep

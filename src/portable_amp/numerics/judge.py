@@ -1,0 +1,106 @@
+"""How far two results are from each other, and how far each dtype allows them to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from portable_amp.numerics.replay import Ran
+
+BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+"""The largest relative distance (L2) of one module's result or gradient, by what it computes in.
+
+Source: the table in docs/explanation/numerics.md, where the largest that was measured is a third.
+"""
+TILT = 0.125
+"""All of it may be so much too large or too small, in parts of that: rounding is not one-sided."""
+PEAK = 16
+"""One element may be so many times as far off, in units of itself and of the root mean square."""
+SLACK = 6
+"""What a result may be off beyond what rounding each operation's result makes it."""
+NEGLIGIBLE = 1e-3
+"""A gradient smaller than this part of the largest of its module is not looked at."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of one result of one replay from the exact one, in three measures."""
+
+    what: str
+    """Which result: "output", "gradient of weight", "buffer running_var", ..."""
+    error: float
+    """The L2 norm of the difference over that of the exact result; inf if not finite."""
+    tilt: float = 0.0
+    """By what factor all of it is too large or too small, less 1."""
+    peak: float = 0.0
+    """The largest difference of an element, over its size and the root mean square of all."""
+    count: int = 1
+    """Of elements."""
+
+    def measures(self, bound: float, noise: Distance | None = None) -> list[Measure]:
+        """Each measure and what is allowed, or what rounding alone made of it, if that is more."""
+        made = noise or Distance("", 0.0)
+        chance = 5 * self.error / math.sqrt(self.count) if self.tilt else 0.0
+        return [
+            Measure("off", self.error, max(bound, SLACK * made.error)),
+            Measure(
+                "too large or too small",
+                max(self.tilt - chance, 0.0),
+                max(TILT * bound, SLACK * made.tilt),
+            ),
+            Measure("off in one element", self.peak, max(PEAK * bound, SLACK * made.peak)),
+        ]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way to be off."""
+
+    how: str
+    found: float
+    allowed: float
+
+    @property
+    def beyond(self) -> float:
+        """How many times as much as is allowed."""
+        return self.found / self.allowed if self.found else 0.0
+
+
+def worst(distance: Distance, bound: float, noise: Distance | None = None) -> Measure:
+    """The measure in which it is furthest beyond what is allowed."""
+    return max(distance.measures(bound, noise), key=lambda one: one.beyond)
+
+
+def distances(exact: Ran, got: Ran) -> Iterator[Distance]:
+    """Of everything that was computed."""
+    norms = {what: float(one.norm()) for what, one in exact.found.items()}
+    largest = max((n for what, n in norms.items() if is_backward(what)), default=0.0)
+    for what, one in exact.found.items():
+        other = got.found.get(what)
+        if other is None or other.shape != one.shape:
+            yield Distance(what, math.inf)
+        elif not bool(one.isfinite().all()):
+            continue
+        elif not bool(other.isfinite().all()):
+            yield Distance(what, math.inf)
+        elif not is_backward(what) or norms[what] > NEGLIGIBLE * largest:
+            yield _distance(what, one, other, norms[what])
+
+
+def is_backward(what: str) -> bool:
+    """It is a gradient."""
+    return what.startswith("gradient")
+
+
+def _distance(what: str, exact: torch.Tensor, got: torch.Tensor, norm: float) -> Distance:
+    if not norm:
+        size = float(got.abs().max()) if got.numel() else 0.0
+        return Distance(what, math.inf if size > 1e-6 else 0.0)
+    scale = norm / math.sqrt(exact.numel())
+    error = float((got - exact).norm()) / norm
+    tilt = abs(float(((got - exact) * exact).sum())) / norm**2
+    peak = float(((got - exact).abs() / (exact.abs() + scale)).max())
+    return Distance(what, error, tilt, peak, exact.numel())

@@ -1,0 +1,194 @@
+"""One module alone, given what the reference gave it; the modules inside answer as there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from portable_amp.nested import map_tensors, tensors_in
+from portable_amp.numerics.calls import Call, answered, floats, named_calls
+
+
+class OtherPathError(Exception):
+    """The module called others than in the reference, or with other shapes."""
+
+
+@dataclass
+class Answer:
+    """What a module inside answers: the reference's output, and the gradients of its inputs."""
+
+    call: Call
+    output: Any
+    gradients: list[torch.Tensor | None]
+
+
+@dataclass
+class Ran:
+    """What one replay computed: float64 on the CPU, by what it is."""
+
+    found: dict[str, torch.Tensor] = field(default_factory=dict)
+    inputs: list[torch.Tensor | None] = field(default_factory=list)
+    """The gradient of each float tensor that it was given."""
+
+
+def run(
+    module: torch.nn.Module,
+    call: Call,
+    answers: list[Answer],
+    gradients: list[torch.Tensor],
+    place: Callable[[Any], Any],
+    region: Callable[[], AbstractContextManager[Any]],
+    *,
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    backward: bool = True,
+) -> Ran:
+    """Forward in the region, and backward with these gradients; the module is left as it was."""
+    ran = Ran()
+    inner = named_calls(module, call.name)
+    args, kwargs = place(call.args), place(call.kwargs)
+    leaves: list[torch.Tensor] = []
+    if backward:
+        args, kwargs = map_tensors(lambda one: _leaf(one, leaves), (args, kwargs))
+    script = _Script(answers, place, ran, backward=backward)
+    grad = torch.enable_grad() if backward else torch.no_grad()
+    with restored(module), grad, around():
+        module.zero_grad(set_to_none=True)
+        given = map_tensors(lambda one: one.clone() if one.requires_grad else one, (args, kwargs))
+        with region(), answered({n: m for n, m in inner.items() if n in script.names}, script):
+            output = module(*given[0], **given[1])
+        script.finish()
+        outputs = floats(output)
+        for at, one in enumerate(tensors_in(output)):
+            ran.found[_numbered("output", at, output)] = _plain(one)
+        if backward:
+            both = zip(outputs, gradients)  # noqa: B905
+            pairs = [(one, _like(back, one).clone()) for one, back in both if one.requires_grad]
+            if pairs:
+                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+            for what, one in script.incoming.items():
+                ran.found[what] = _plain(one)
+            ran.inputs = [None if one.grad is None else _plain(one.grad) for one in leaves]
+            for at, gradient in enumerate(ran.inputs):
+                if gradient is not None:
+                    ran.found[f"gradient of input {at}"] = gradient
+            for name, one in module.named_parameters():
+                if one.grad is not None:
+                    ran.found[f"gradient of {name}"] = _plain(one.grad)
+        for name, one in module.named_buffers():
+            full = f"{call.name}.{name}" if call.name else name
+            if not any(full.startswith(f"{inside}.") for inside in script.names):
+                ran.found[f"buffer {name}"] = _plain(one)
+        module.zero_grad(set_to_none=True)
+    return ran
+
+
+def _leaf(one: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
+    if one.is_floating_point() or one.is_complex():
+        one = one.detach().requires_grad_()
+        leaves.append(one)
+    return one
+
+
+def _like(gradient: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    """In its dtype first: the device may have no float64."""
+    return gradient.to(one.dtype).to(one.device)
+
+
+def _numbered(what: str, at: int, value: Any) -> str:
+    return what if isinstance(value, torch.Tensor) else f"{what} {at}"
+
+
+def _plain(one: torch.Tensor) -> torch.Tensor:
+    one = one.detach()
+    if one.is_complex():
+        one = torch.view_as_real(one.resolve_conj())
+    return one.cpu().to(torch.float64, copy=True)
+
+
+@contextlib.contextmanager
+def restored(module: torch.nn.Module) -> Iterator[None]:
+    """Its buffers are as they were afterwards."""
+    kept = [
+        (one, name, buffer, buffer.detach().clone())
+        for one in module.modules()
+        for name, buffer in one.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for one, name, buffer, value in kept:
+            with torch.no_grad():
+                buffer.copy_(value)
+            setattr(one, name, buffer)
+
+
+class _Script:
+    """Gives the answers in their order."""
+
+    def __init__(
+        self, answers: list[Answer], place: Callable[[Any], Any], ran: Ran, *, backward: bool
+    ) -> None:
+        self.answers, self.place, self.ran, self.backward = answers, place, ran, backward
+        self.names = {answer.call.name for answer in answers}
+        self.incoming: dict[str, torch.Tensor] = {}
+        """The gradients that reach the answers."""
+        self.at = 0
+
+    def __call__(
+        self, name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.at == len(self.answers) or self.answers[self.at].call.name != name:
+            raise OtherPathError(f"calls {name} where the reference does not")
+        answer = self.answers[self.at]
+        number, self.at = self.at, self.at + 1
+        given = [*tensors_in((args, kwargs))]
+        expected = [*tensors_in((answer.call.args, answer.call.kwargs))]
+        if [one.shape for one in given] != [one.shape for one in expected]:
+            raise OtherPathError(f"gives {name} other shapes than in the reference")
+        for at, one in enumerate(given):
+            self.ran.found[f"input {at} of {name}, call {number}"] = _plain(one)
+        output = self.place(answer.output)
+        outs = floats(output)
+        if not self.backward or not outs:
+            return output
+        inputs = floats((args, kwargs))
+        gradients = [None if g is None else _like(g, i) for i, g in zip(inputs, answer.gradients)]  # noqa: B905
+
+        def note(incoming: tuple[torch.Tensor | None, ...]) -> None:
+            for at, one in enumerate(incoming):
+                if one is not None:
+                    what = f"gradient at output {at} of {name}, call {number}"
+                    self.incoming[what] = one.detach().clone()
+
+        anchor = torch.zeros((), device=outs[0].device, requires_grad=True)
+        made = iter(_Answered.apply(outs, gradients, note, anchor, *inputs))
+        return map_tensors(
+            lambda one: next(made) if one.is_floating_point() or one.is_complex() else one, output
+        )
+
+    def finish(self) -> None:
+        """All answers were asked for."""
+        if self.at != len(self.answers):
+            raise OtherPathError(f"does not call {self.answers[self.at].call.name}")
+
+
+class _Answered(torch.autograd.Function):
+    """The reference's output; backward, the reference's gradients of the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: Any, gradients: Any, note: Any, anchor: Any, *inputs: Any
+    ) -> Any:
+        ctx.gradients, ctx.note = gradients, note
+        ctx.set_materialize_grads(False)
+        return tuple(one.clone() for one in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Any) -> Any:
+        ctx.note(incoming)
+        return None, None, None, None, *ctx.gradients

@@ -1,0 +1,76 @@
+"""What a verification found, to be read by people and programs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+ADVICE = {
+    "wrong": "this device computes something else: report it, with torch's version and this module",
+    "reduced": "fp32 is computed with fewer digits (TF32 or bf16) inside",
+    "overflow": "a value is beyond what this dtype holds: keep this module in fp32, or take bf16",
+    "rounding": "this dtype has too few digits here: keep this module in fp32",
+    "fails": "it raises an error on the device alone",
+    "path": "it calls other modules, or with other shapes, than on the CPU",
+}
+"""What to do, by the kind of fault."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One module that computes something else than it should."""
+
+    module: str
+    """Its name in the model; "" is the model itself, apart from the modules inside."""
+    type: str
+    kind: str
+    """One of `ADVICE`."""
+    what: str
+    """Which result: "output", "gradient of weight", "buffer running_var", ..."""
+    how: str
+    """In which measure: "off" (relative L2 distance), "too large or too small" (all of it), or
+    "off in one element"."""
+    error: float
+    """Against float64; inf where it is not finite."""
+    allowed: float
+
+    def __str__(self) -> str:
+        name = self.module or "the model itself"
+        far = ""
+        if math.isfinite(self.error):
+            far = f" is {self.error:.1e} {self.how}, allowed are {self.allowed:.1e}"
+        elif self.kind in ("wrong", "overflow"):
+            far = " is not finite"
+        return f"{name} ({self.type}): {self.what}{far}: {ADVICE[self.kind]}."
+
+
+@dataclass(frozen=True)
+class Report:
+    """Whether the device computes what it should, module by module."""
+
+    device: str
+    plan: str
+    faults: tuple[Fault, ...]
+    modules: int
+    """Calls of modules that were compared."""
+    worst: float
+    """The largest distance among those that are right, in parts of what is allowed."""
+    notes: tuple[str, ...]
+    """What could not be compared, and why."""
+
+    @property
+    def ok(self) -> bool:
+        """No module computes something else."""
+        return not self.faults
+
+    def __str__(self) -> str:
+        calls = f"{self.modules} calls of modules"
+        if self.ok:
+            first = f"{self.device} computes this model right in {self.plan}: {calls}, "
+            first += f"the worst at {self.worst:.0%} of its bound."
+        else:
+            named = len({fault.module for fault in self.faults})
+            first = f"{self.device} does NOT compute this model right in {self.plan}: "
+            first += f"{named} modules are off, of {calls}."
+        rows = [*map(str, self.faults), *(f"note: {note}" for note in self.notes)]
+        return "\n- ".join([first, *rows])

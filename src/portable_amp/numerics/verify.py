@@ -1,0 +1,77 @@
+"""A model against itself in float64: what `DeviceContext.verify` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from portable_amp.nested import map_tensors
+from portable_amp.numerics.calls import Recorder, answered
+from portable_amp.numerics.replay import restored
+from portable_amp.numerics.report import Report
+from portable_amp.numerics.walk import Place, Walk, dtypes_on_device, exactly
+from portable_amp.rng import rng_state, set_rng_state
+from portable_amp.tuning import copier
+
+Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
+Move = Callable[[Any, torch.memory_format], Any]
+
+
+def verify(
+    model: torch.nn.Module, batch: Any, place: Place, *, loss: Loss, move: Move, plan: str
+) -> Report:
+    """Replay each module of a copy on the place, and of another on the CPU in float64.
+
+    Model, gradients and random states stay as they are.
+    """
+    state = rng_state()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            return _verify(model, batch, place, loss=loss, move=move, plan=plan)
+    finally:
+        set_rng_state(state)
+
+
+def _verify(
+    model: torch.nn.Module, batch: Any, place: Place, *, loss: Loss, move: Move, plan: str
+) -> Report:
+    reference, wide = copier(model, batch, lambda value, _: value)("contiguous")
+    reference = _out_of_place(reference).cpu().double()
+    wide = map_tensors(_wide, wide)
+    there, mine = copier(model, batch, move)(place.layout)
+    _out_of_place(there)
+
+    def on_device() -> None:
+        with place.region():
+            loss(there, mine)
+
+    seen = dtypes_on_device(there, on_device)
+    recorder = Recorder()
+    with answered({"": reference}, recorder), restored(reference), exactly():
+        total = loss(reference, wide)
+        if place.backward and total.requires_grad:
+            total.backward()
+    walk = Walk(place, dict(there.named_modules()), seen)
+    for call in recorder.calls:
+        walk.visit(reference, call)
+    weighted = {name for name, one in there.named_modules() if [*one.parameters(recurse=False)]}
+    idle = sorted(weighted - seen.keys())
+    if idle:
+        walk.notes.append(f"never called: {', '.join(idle[:8])}{', ...' * (len(idle) > 8)}")
+    notes = tuple(dict.fromkeys(walk.notes))
+    return Report(str(place.device), plan, tuple(walk.faults), walk.modules, walk.worst, notes)
+
+
+def _wide(one: torch.Tensor) -> torch.Tensor:
+    one = one.detach().cpu()
+    return one.double() if one.is_floating_point() else one
+
+
+def _out_of_place(model: torch.nn.Module) -> torch.nn.Module:
+    """ReLU and its like overwrite what they are given: here they do not."""
+    for module in model.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+    return model
