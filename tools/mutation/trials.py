@@ -129,7 +129,8 @@ def afresh(request: dict[str, Any]) -> Callable[[Say], str]:
         code = pytest.main([*options(), *skipped, *request["files"]], plugins=[watcher])
         if watcher.failed:
             return f"killed {watcher.failed}"
-        return "survived" if code == 0 else f"killed exit {code}"
+        nothing_ran = pytest.ExitCode.NO_TESTS_COLLECTED  # and so nothing was noticed
+        return "survived" if code in (0, nothing_ran) else f"killed exit {code}"
 
     return run
 
