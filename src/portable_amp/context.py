@@ -31,7 +31,7 @@ from portable_amp.plan_cache import forget_plan, keep, recall, signature
 from portable_amp.precision import Precision, PrecisionPlan, choose
 from portable_amp.scaler import ScalerShim
 from portable_amp.transfer import fetch, loader_options, prefetch, to_device
-from portable_amp.tuning import LAYOUTS, TUNED, mean_square, tune
+from portable_amp.tuning import TUNED, mean_square, tune
 
 STRICT_VARIABLE = "PORTABLE_AMP_STRICT"
 _OFF = ("", "0", "false", "no", "off")
@@ -170,9 +170,8 @@ class DeviceContext:
         """
         if cache not in (True, False, "renew"):
             raise ValueError(f"cache={cache!r}: True, False or 'renew' work here")
-        model = model.module if isinstance(model, DistributedDataParallel) else model
         # What torch.compile made would be compiled anew for every candidate.
-        model = getattr(model, "_orig_mod", model)
+        model = _unwrapped(model)
         open_to_all = self.plan.request in ("auto", TUNED)
         dtype = None if open_to_all else self.plan.dtype
 
@@ -230,12 +229,9 @@ class DeviceContext:
         >>> ctx.verify(torch.nn.Linear(8, 3), torch.randn(4, 8)).ok
         True
         """
-        model = model.module if isinstance(model, DistributedDataParallel) else model
-        model = getattr(model, "_orig_mod", model)
-        names = {layout: name for name, layout in LAYOUTS.items()}
-        layout = names[self.plan.memory_format]
-        place = Place(self.device, self.autocast, self.plan.dtype, layout, True, repeats)
-        return verify(model, batch, place, loss=loss, move=self._moved, plan=self.plan.name)
+        plan = self.plan
+        place = Place(self.device, self.autocast, plan.dtype, plan.memory_format, repeats)
+        return verify(_unwrapped(model), batch, place, loss=loss, move=self._moved, plan=plan.name)
 
     def scaler(
         self,
@@ -447,6 +443,13 @@ class DeviceContext:
 
     def __repr__(self) -> str:
         return f"DeviceContext('{self.device}', precision={self.plan.name!r})"
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model that was given to DistributedDataParallel or torch.compile."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    inner: torch.nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def _restore(

@@ -164,12 +164,7 @@ def split_on_oom(
         models.append(parameters)
         parameters = parameters.parameters()
     trained = {one: None for model in models for one in model.modules() if one.training}
-    buffers = [
-        (one, name, buffer, buffer.clone())
-        for one in trained
-        for name, buffer in one.named_buffers(recurse=False)
-        if not torch.nn.parameter.is_lazy(buffer)
-    ]
+    put_back = keep_buffers(trained)
     leaves = [leaf for leaf in parameters if leaf.requires_grad]
     before = [leaf.grad for leaf in leaves]
     while True:
@@ -182,10 +177,7 @@ def split_on_oom(
             break
         except BaseException as error:
             _set_grads(leaves, before)
-            for one, name, buffer, kept in buffers:
-                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                    buffer.copy_(kept)
-                setattr(one, name, buffer)  # the pass may have put another there
+            put_back()
             if not is_oom_error(error) or size == 1 or _several_processes():
                 raise
             if not leaves and _in_backward(error):
@@ -202,6 +194,24 @@ def split_on_oom(
         fitted[elements] = size
     _set_grads(leaves, [_sum(old, leaf.grad) for old, leaf in zip(before, leaves)])  # noqa: B905
     return done
+
+
+def keep_buffers(modules: Iterable[torch.nn.Module]) -> Callable[[], None]:
+    """Copy the buffers of these modules themselves; what it returns puts them back."""
+    buffers = [
+        (one, name, buffer, buffer.clone())
+        for one in modules
+        for name, buffer in one.named_buffers(recurse=False)
+        if not torch.nn.parameter.is_lazy(buffer)
+    ]
+
+    def put_back() -> None:
+        for one, name, buffer, kept in buffers:
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                buffer.copy_(kept)
+            setattr(one, name, buffer)  # a pass may have put another there
+
+    return put_back
 
 
 def _models_in(things: list[Any]) -> list[torch.nn.Module]:

@@ -20,7 +20,7 @@ from portable_amp.capabilities import Capabilities
 from portable_amp.checkpoint import replacing
 from portable_amp.nested import tensors_in
 from portable_amp.precision import PrecisionPlan
-from portable_amp.tuning import LAYOUTS, NAMES
+from portable_amp.tuning import LAYOUT_NAMES, LAYOUTS, NAMES
 
 CACHE_VARIABLE = "PORTABLE_AMP_CACHE"
 
@@ -196,11 +196,10 @@ def forget_plan(key: str) -> None:
 
 def keep(key: str, plan: PrecisionPlan) -> None:
     """Keep a plan; whoever reads meanwhile sees all of it or none. No folder, no memory."""
-    layouts = {layout: name for name, layout in LAYOUTS.items()}
     data = {
         "request": plan.request,
         "dtype": NAMES[plan.dtype],
-        "layout": layouts[plan.memory_format],
+        "layout": LAYOUT_NAMES[plan.memory_format],
         "reason": plan.reason,
         "evidence": plan.evidence,
         "chunk": plan.chunk,

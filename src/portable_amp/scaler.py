@@ -207,9 +207,8 @@ class ScalerShim(torch.amp.GradScaler):
             return outputs
         if self._update_is_due:
             self.update()
-        if type(outputs) is torch.Tensor:  # what most losses are, in every step
-            return super().scale(outputs)
-        if isinstance(outputs, Mapping) or hasattr(outputs, "_fields"):
+        is_tensor = isinstance(outputs, torch.Tensor)
+        if not is_tensor and (isinstance(outputs, Mapping) or hasattr(outputs, "_fields")):
             return map_tensors(super().scale, outputs)
         return super().scale(outputs)
 
@@ -459,9 +458,9 @@ class ScalerShim(torch.amp.GradScaler):
         self._update_is_due = False
         if isinstance(new_scale, int):
             new_scale = float(new_scale)
-        states = self._per_optimizer_states
-        if new_scale is None and not any(one["found_inf_per_device"] for one in states.values()):
-            states.clear()
+        states = self._per_optimizer_states.values()
+        if new_scale is None and not any(state["found_inf_per_device"] for state in states):
+            self._per_optimizer_states.clear()
             return
         self._make_scale()
         super().update(new_scale)

@@ -23,6 +23,7 @@ from portable_amp.precision import PrecisionPlan
 from portable_amp.rng import rng_state, set_rng_state
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LAYOUT_NAMES = {layout: name for name, layout in LAYOUTS.items()}
 TUNED = "tuned"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # What may differ from fp32, relatively: the loss, the gradient, and the gradient of each parameter

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from portable_amp.nested import map_tensors, tensors_in
-
-Call_ = Callable[..., Any]
 
 
 @dataclass
@@ -29,9 +28,14 @@ class Call:
     """It wrote into a tensor that it was given."""
 
 
+def is_float(one: torch.Tensor) -> bool:
+    """It can have a gradient, by its dtype."""
+    return one.is_floating_point() or one.is_complex()
+
+
 def floats(value: Any) -> list[torch.Tensor]:
-    """The tensors in it that have gradients, by their dtype."""
-    return [one for one in tensors_in(value) if one.is_floating_point() or one.is_complex()]
+    """The tensors in it that can have gradients."""
+    return [*filter(is_float, tensors_in(value))]
 
 
 def copied(value: Any) -> Any:
@@ -51,27 +55,20 @@ def named_calls(module: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Modu
 @contextlib.contextmanager
 def answered(
     inner: dict[str, torch.nn.Module],
-    answer: Callable[[str, torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+    answer: Callable[..., Any],
 ) -> Iterator[None]:
-    """Whoever calls one of these modules gets an answer in its place.
+    """Whoever calls one of these modules gets `answer(name, module, ...)` in its place.
 
     It stands where `Module.compile` puts the compiled call: in front of the module's own hooks.
     """
     before = {name: one._compiled_call_impl for name, one in inner.items()}
     for name, one in inner.items():
-        one._compiled_call_impl = _asking(answer, name, one)
+        one._compiled_call_impl = partial(answer, name, one)
     try:
         yield
     finally:
         for name, one in inner.items():
             one._compiled_call_impl = before[name]
-
-
-def _asking(answer: Any, name: str, module: torch.nn.Module) -> Call_:
-    def asks(*args: Any, **kwargs: Any) -> Any:
-        return answer(name, module, args, kwargs)
-
-    return asks
 
 
 class Recorder:
@@ -81,9 +78,7 @@ class Recorder:
         self.calls: list[Call] = []
         self.inside = False
 
-    def __call__(
-        self, name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, name: str, module: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """Call it, and keep what went in and out."""
         if self.inside:
             return module._call_impl(*args, **kwargs)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from portable_amp.memory import keep_buffers
 from portable_amp.nested import map_tensors, tensors_in
-from portable_amp.numerics.calls import Call, answered, floats, named_calls
+from portable_amp.numerics.calls import Call, answered, floats, is_float, named_calls
 
 
 class OtherPathError(Exception):
@@ -45,40 +46,35 @@ def run(
     region: Callable[[], AbstractContextManager[Any]],
     *,
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-    backward: bool = True,
 ) -> Ran:
     """Forward in the region, and backward with these gradients; the module is left as it was."""
     ran = Ran()
     inner = named_calls(module, call.name)
-    args, kwargs = place(call.args), place(call.kwargs)
     leaves: list[torch.Tensor] = []
-    if backward:
-        args, kwargs = map_tensors(lambda one: _leaf(one, leaves), (args, kwargs))
-    script = _Script(answers, place, ran, backward=backward)
-    grad = torch.enable_grad() if backward else torch.no_grad()
-    with restored(module), grad, around():
+    given = map_tensors(lambda one: _leaf(one, leaves), place((call.args, call.kwargs)))
+    script = _Script(answers, place, ran)
+    with restored(module), around():
         module.zero_grad(set_to_none=True)
-        given = map_tensors(lambda one: one.clone() if one.requires_grad else one, (args, kwargs))
+        args, kwargs = map_tensors(lambda one: one.clone() if one.requires_grad else one, given)
         with region(), answered({n: m for n, m in inner.items() if n in script.names}, script):
-            output = module(*given[0], **given[1])
+            output = module(*args, **kwargs)
         script.finish()
         outputs = floats(output)
         for at, one in enumerate(tensors_in(output)):
             ran.found[_numbered("output", at, output)] = _plain(one)
-        if backward:
-            both = zip(outputs, gradients)  # noqa: B905
-            pairs = [(one, _like(back, one).clone()) for one, back in both if one.requires_grad]
-            if pairs:
-                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-            for what, one in script.incoming.items():
-                ran.found[what] = _plain(one)
-            ran.inputs = [None if one.grad is None else _plain(one.grad) for one in leaves]
-            for at, gradient in enumerate(ran.inputs):
-                if gradient is not None:
-                    ran.found[f"gradient of input {at}"] = gradient
-            for name, one in module.named_parameters():
-                if one.grad is not None:
-                    ran.found[f"gradient of {name}"] = _plain(one.grad)
+        both = zip(outputs, gradients)  # noqa: B905
+        pairs = [(one, _like(back, one).clone()) for one, back in both if one.requires_grad]
+        if pairs:
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        for what, one in script.incoming.items():
+            ran.found[what] = _plain(one)
+        ran.inputs = [None if one.grad is None else _plain(one.grad) for one in leaves]
+        for at, gradient in enumerate(ran.inputs):
+            if gradient is not None:
+                ran.found[f"gradient of input {at}"] = gradient
+        for name, one in module.named_parameters():
+            if one.grad is not None:
+                ran.found[f"gradient of {name}"] = _plain(one.grad)
         for name, one in module.named_buffers():
             full = f"{call.name}.{name}" if call.name else name
             if not any(full.startswith(f"{inside}.") for inside in script.names):
@@ -88,7 +84,7 @@ def run(
 
 
 def _leaf(one: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
-    if one.is_floating_point() or one.is_complex():
+    if is_float(one):
         one = one.detach().requires_grad_()
         leaves.append(one)
     return one
@@ -113,35 +109,24 @@ def _plain(one: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def restored(module: torch.nn.Module) -> Iterator[None]:
     """Its buffers are as they were afterwards."""
-    kept = [
-        (one, name, buffer, buffer.detach().clone())
-        for one in module.modules()
-        for name, buffer in one.named_buffers(recurse=False)
-    ]
+    put_back = keep_buffers(module.modules())
     try:
         yield
     finally:
-        for one, name, buffer, value in kept:
-            with torch.no_grad():
-                buffer.copy_(value)
-            setattr(one, name, buffer)
+        put_back()
 
 
 class _Script:
     """Gives the answers in their order."""
 
-    def __init__(
-        self, answers: list[Answer], place: Callable[[Any], Any], ran: Ran, *, backward: bool
-    ) -> None:
-        self.answers, self.place, self.ran, self.backward = answers, place, ran, backward
+    def __init__(self, answers: list[Answer], place: Callable[[Any], Any], ran: Ran) -> None:
+        self.answers, self.place, self.ran = answers, place, ran
         self.names = {answer.call.name for answer in answers}
         self.incoming: dict[str, torch.Tensor] = {}
         """The gradients that reach the answers."""
         self.at = 0
 
-    def __call__(
-        self, name: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, name: str, module: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if self.at == len(self.answers) or self.answers[self.at].call.name != name:
             raise OtherPathError(f"calls {name} where the reference does not")
         answer = self.answers[self.at]
@@ -154,7 +139,7 @@ class _Script:
             self.ran.found[f"input {at} of {name}, call {number}"] = _plain(one)
         output = self.place(answer.output)
         outs = floats(output)
-        if not self.backward or not outs:
+        if not outs:
             return output
         inputs = floats((args, kwargs))
         gradients = [None if g is None else _like(g, i) for i, g in zip(inputs, answer.gradients)]  # noqa: B905
@@ -167,9 +152,7 @@ class _Script:
 
         anchor = torch.zeros((), device=outs[0].device, requires_grad=True)
         made = iter(_Answered.apply(outs, gradients, note, anchor, *inputs))
-        return map_tensors(
-            lambda one: next(made) if one.is_floating_point() or one.is_complex() else one, output
-        )
+        return map_tensors(lambda one: next(made) if is_float(one) else one, output)
 
     def finish(self) -> None:
         """All answers were asked for."""

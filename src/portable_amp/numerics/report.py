@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 ADVICE = {
     "wrong": "this device computes something else: report it, with torch's version and this module",
-    "reduced": "fp32 is computed with fewer digits (TF32 or bf16) inside",
     "overflow": "a value is beyond what this dtype holds: keep this module in fp32, or take bf16",
-    "rounding": "this dtype has too few digits here: keep this module in fp32",
     "fails": "it raises an error on the device alone",
     "path": "it calls other modules, or with other shapes, than on the CPU",
 }

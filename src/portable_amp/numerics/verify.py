@@ -13,7 +13,7 @@ from portable_amp.numerics.replay import restored
 from portable_amp.numerics.report import Report
 from portable_amp.numerics.walk import Place, Walk, dtypes_on_device, exactly
 from portable_amp.rng import rng_state, set_rng_state
-from portable_amp.tuning import copier
+from portable_amp.tuning import LAYOUT_NAMES, copier
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 Move = Callable[[Any, torch.memory_format], Any]
@@ -40,7 +40,7 @@ def _verify(
     reference, wide = copier(model, batch, lambda value, _: value)("contiguous")
     reference = _out_of_place(reference).cpu().double()
     wide = map_tensors(_wide, wide)
-    there, mine = copier(model, batch, move)(place.layout)
+    there, mine = copier(model, batch, move)(LAYOUT_NAMES[place.layout])
     _out_of_place(there)
 
     def on_device() -> None:
@@ -51,7 +51,7 @@ def _verify(
     recorder = Recorder()
     with answered({"": reference}, recorder), restored(reference), exactly():
         total = loss(reference, wide)
-        if place.backward and total.requires_grad:
+        if total.requires_grad:
             total.backward()
     walk = Walk(place, dict(there.named_modules()), seen)
     for call in recorder.calls:

@@ -13,12 +13,11 @@ import torch
 
 from portable_amp.memory import is_oom_error
 from portable_amp.nested import map_tensors
-from portable_amp.numerics.calls import Call, Recorder, answered, floats, named_calls
+from portable_amp.numerics.calls import Call, Recorder, answered, floats, is_float, named_calls
 from portable_amp.numerics.judge import BOUNDS, Distance, distances, worst
 from portable_amp.numerics.replay import Answer, OtherPathError, Ran, restored, run
 from portable_amp.numerics.report import Fault
 from portable_amp.numerics.rounding import Rounding
-from portable_amp.tuning import LAYOUTS
 
 Region = Callable[[], AbstractContextManager[Any]]
 Dtypes = tuple[list[torch.dtype], list[torch.dtype]]
@@ -34,9 +33,8 @@ class Place:
     """What the forward pass runs in."""
     dtype: torch.dtype
     """What that computes in."""
-    layout: str
-    """Of images: "contiguous" or "channels last"."""
-    backward: bool
+    layout: torch.memory_format
+    """Of images."""
     repeats: int
 
 
@@ -51,25 +49,26 @@ class _Task:
     given: list[torch.dtype]
     random: bool = False
 
-    def on_cpu(self, place: Place, around: Region = contextlib.nullcontext, seed: int = 0) -> Ran:
+    def on_cpu(self, around: Region = contextlib.nullcontext, seed: int = 0) -> Ran:
         """The reference."""
         torch.default_generator.manual_seed(seed)
         put = placing(self.given, torch.device("cpu"), wide=True)
-        return self._run(self.module, put, exactly, place, around)
+        return self._run(self.module, put, exactly, around)
 
     def on(self, place: Place, there: torch.nn.Module) -> Ran:
         """On the device."""
-        put = placing(self.given, place.device, layout=LAYOUTS[place.layout])
-        return self._run(there, put, place.region, place, contextlib.nullcontext)
+        put = placing(self.given, place.device, layout=place.layout)
+        return self._run(there, put, place.region)
 
     def _run(
-        self, module: torch.nn.Module, put: Any, region: Region, place: Place, around: Region
+        self,
+        module: torch.nn.Module,
+        put: Callable[[Any], Any],
+        region: Region,
+        around: Region = contextlib.nullcontext,
     ) -> Ran:
         with _evaluating(module) if self.random else contextlib.nullcontext():
-            return run(
-                module, self.call, self.answers, self.gradients, put, region,
-                around=around, backward=place.backward,
-            )  # fmt: skip
+            return run(module, self.call, self.answers, self.gradients, put, region, around=around)
 
 
 @dataclass
@@ -95,15 +94,15 @@ class Walk:
         recorder = Recorder()
         if inner:
             with answered(inner, recorder):
-                task.on_cpu(self.place)
+                task.on_cpu()
         answers = [self.visit(inner[one.name], one) for one in recorder.calls]
         # What writes into its input is called in earnest.
         task.answers = [answer for answer in answers if not answer.call.written]
-        exact = task.on_cpu(self.place)
+        exact = task.on_cpu()
         self.modules += 1
         if not self._compared(task, exact):
             task.random = True
-            self._compared(task, task.on_cpu(self.place))
+            self._compared(task, task.on_cpu())
         return Answer(call, rounded(call.output, returned), rounded(exact.inputs, given))
 
     def _compared(self, task: _Task, exact: Ran) -> bool:
@@ -125,18 +124,18 @@ class Walk:
                 task, "fails", Distance(f"{type(error).__name__}: {error}", math.inf), bound
             )
             return True
-        off = [one for one in found if worst(one, bound).beyond > 1]
+        measured = [(one, worst(one, bound).beyond) for one in found]
+        off = [one for one, far in measured if far > 1]
         if off and not task.random and self._draws(task, exact):
             return False
-        right = [far for one in found if (far := worst(one, bound).beyond) <= 1]
-        self.worst = max([self.worst, *right])
+        self.worst = max([self.worst, *(far for _, far in measured if far <= 1)])
         if off:
             self._judge(task, exact, off, bound)
         return True
 
     def _draws(self, task: _Task, exact: Ran) -> bool:
         """Whether the module draws at random."""
-        again = task.on_cpu(self.place, seed=1)
+        again = task.on_cpu(seed=1)
         if all(torch.equal(one, again.found[what]) for what, one in exact.found.items()):
             return False
         self.notes.append(f"{task.call.name or 'the model'} draws at random: compared in eval mode")
@@ -145,17 +144,16 @@ class Walk:
     def _judge(self, task: _Task, exact: Ran, off: list[Distance], bound: float) -> None:
         """Tell what is wrong from what this dtype does to this module on every device."""
         dtype = self.place.dtype
-        noisy = task.on_cpu(self.place, lambda: Rounding(dtype))
+        noisy = task.on_cpu(lambda: Rounding(dtype))
         made = {one.what: one for one in distances(exact, noisy)}
         told: set[str] = set()  # once, however often it is repeated
         for one in off:
             noise = made.get(one.what, one)
-            overflows = math.isinf(one.error) and math.isinf(noise.error)
-            if one.what in told or (
-                not overflows and not math.isinf(one.error) and worst(one, bound, noise).beyond <= 1
-            ):
+            finite = not math.isinf(one.error)
+            if one.what in told or (finite and worst(one, bound, noise).beyond <= 1):
                 continue
             told.add(one.what)
+            overflows = not finite and math.isinf(noise.error)
             self._fault(task, "overflow" if overflows else "wrong", one, bound, noise)
 
     def _fault(
@@ -210,7 +208,7 @@ def placing(
     rest = iter(dtypes)
 
     def put(one: torch.Tensor) -> torch.Tensor:
-        if not (one.is_floating_point() or one.is_complex()):
+        if not is_float(one):
             return one.to(device)
         dtype = next(rest, torch.float32)
         one = one.to(torch.complex64 if one.is_complex() else dtype)

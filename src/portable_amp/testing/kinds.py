@@ -11,13 +11,6 @@ import torch
 from portable_amp.testing import functions
 from portable_amp.testing.ledger import Shortage
 
-# torch.OutOfMemoryError came with 2.5; before, it had only its CUDA name.
-_OutOfMemoryError: type[Exception] = getattr(
-    torch,
-    "OutOfMemoryError",
-    torch.cuda.OutOfMemoryError,  # noqa: PAM602
-)
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -44,7 +37,7 @@ def _mib(size: int) -> str:
 
 def _cuda_like(name: str) -> Callable[[Shortage], Exception]:
     # Source: c10/cuda/CUDACachingAllocator.cpp, c10/xpu/XPUCachingAllocator.cpp, 2.4 to 2.15.
-    return lambda short: _OutOfMemoryError(
+    return lambda short: torch.OutOfMemoryError(
         f"{name} out of memory. Tried to allocate {_mib(short.wanted)}. GPU 0 has a total capacity "
         f"of {_mib(short.limit)} of which {_mib(short.limit - short.allocated)} is free. Of the "
         f"allocated memory {_mib(short.allocated)} is allocated by PyTorch, and "
