@@ -475,6 +475,16 @@ def test_what_is_python_in_a_cell_is_read() -> None:
         assert after.endswith(before.replace(".cuda(", ".to(ctx.device"))
 
 
+def assert_refused(name: str, data: bytes, capsys: Capture, why: str = "") -> None:
+    """Each command says so in one line, and the file stays."""
+    Path(name).write_bytes(data)
+    for command in ("check", "fix"):
+        assert main([command, name]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"portable-amp: {name}: {why}")
+    assert Path(name).read_bytes() == data
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -485,11 +495,7 @@ def test_what_is_python_in_a_cell_is_read() -> None:
     ids=lambda data: data[:60].decode("ascii", "replace"),
 )
 def test_what_is_no_notebook_is_told_in_one_line(data: bytes, capsys: Capture) -> None:
-    Path("a.ipynb").write_bytes(data)
-    for command in ("check", "fix"):
-        assert main([command, "a.ipynb"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("portable-amp: a.ipynb: is no notebook: ")
+    assert_refused("a.ipynb", data, capsys, "is no notebook: ")
 
 
 def test_a_notebook_that_is_laid_out_by_hand_is_left_alone(capsys: Capture) -> None:
@@ -507,9 +513,4 @@ def test_a_notebook_that_is_laid_out_by_hand_is_left_alone(capsys: Capture) -> N
     [b"cuda = '\xff'", b"# coding: none-such\ncuda", b"# coding: ascii\ncuda = '\xe4'", b"cuda\0"],
 )
 def test_what_cannot_be_read_is_told_in_one_line(data: bytes, capsys: Capture) -> None:
-    Path("a.py").write_bytes(data)
-    for command in ("check", "fix"):
-        assert main([command, "a.py"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("portable-amp: a.py: ")
-    assert Path("a.py").read_bytes() == data
+    assert_refused("a.py", data, capsys)
