@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 import support
+from portable_amp.autocast import entered
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -41,6 +42,7 @@ def _fresh(
     dtypes = {kind: torch.get_autocast_dtype(kind) for kind in support.KINDS}
     yield
     support.forget()
+    assert not entered.regions, "a test left a region open"
     for kind in support.KINDS:
         assert not torch.is_autocast_enabled(kind), f"a test left {kind} autocast on"
         assert torch.get_autocast_dtype(kind) is dtypes[kind], f"a test left {kind} another dtype"

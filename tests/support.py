@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from portable_amp import backends, capabilities, notices
+from portable_amp.autocast import entered
 from portable_amp.backends import Hardware, torch_version
 from portable_amp.launchers import LAUNCHERS
 from portable_amp.testing import Machine, machine, play
@@ -37,9 +38,10 @@ without_mps = pytest.mark.skipif(
 
 
 def forget() -> None:
-    """Nothing was probed, decided or told yet."""
+    """Nothing was probed, decided, told or computed yet."""
     capabilities.forget()
     notices.forget()
+    entered.fp16 = False
 
 
 @contextlib.contextmanager
