@@ -231,8 +231,6 @@ class UndecidedAutocast(Autocast):
 class NoAutocast(contextlib.ContextDecorator):
     """Changes nothing: for a device that has no autocast."""
 
-    inherits_cache = True
-
     def __enter__(self) -> NoAutocast:
         return self
 
@@ -259,11 +257,7 @@ def _decorate_generator(
             try:
                 value = yield produced
                 resume = inner.send
-            except GeneratorExit:
-                with region:
-                    inner.close()
-                raise
-            except BaseException as error:
+            except BaseException as error:  # GeneratorExit, too
                 resume, value = inner.throw, error
 
     return wrapper

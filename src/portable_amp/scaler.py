@@ -137,15 +137,10 @@ class ScalerShim(torch.amp.GradScaler):
         except Asleep as asleep:
             kind, enabled = asleep.args[0], enabled is not False
         super().__init__(
-            kind,
-            init_scale=init_scale,
-            growth_factor=growth_factor,
-            backoff_factor=backoff_factor,
-            growth_interval=growth_interval,
-            enabled=enabled,
+            kind, growth_factor=growth_factor, backoff_factor=backoff_factor, enabled=enabled
         )
         self._waits = backend_for(kind).synchronize is not None
-        # torch sets these only when enabled, and its getters then raise on a disabled scaler.
+        # torch checks the factors. It sets these only when enabled, or its getters would raise.
         self._init_scale = float(init_scale)
         self._growth_factor = growth_factor
         self._backoff_factor = backoff_factor
@@ -287,7 +282,7 @@ class ScalerShim(torch.amp.GradScaler):
             self.step(optimizer)
         else:
             self._step_if_finite(optimizer, norm, skip_nonfinite)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         self._scaled_by_hand = False
         result = self.last_step
         assert result is not None
@@ -466,7 +461,6 @@ class ScalerShim(torch.amp.GradScaler):
         super().update(new_scale)
         if new_scale is None and self._may_fall:
             self._on_device().clamp_(min=self._floor)
-        self._may_fall = False
 
     def get_scale(self) -> float:
         """As in torch: it waits for the device."""

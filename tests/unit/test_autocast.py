@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -152,6 +154,55 @@ def test_leaving_in_another_thread_is_an_error() -> None:
     assert failed
 
 
+@pytest.mark.parametrize("made", ["fp32", "cpu"])
+def test_leaving_what_was_never_entered_is_an_error(made: str) -> None:
+    region: Any = DeviceContext("cpu", precision="fp32").autocast()
+    if made == "cpu":
+        region = maybe_autocast("cpu", BF16)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not entered in this thread"):
+            region.__exit__(None, None, None)
+        with region:
+            pass
+
+
+class Seen(torch.overrides.TorchFunctionMode):
+    """A mode as torch.export has: regions tell it of themselves."""
+
+
+def test_an_exception_leaves_each_region_however_it_is_left() -> None:
+    half, plain = maybe_autocast("cpu", BF16), DeviceContext("cpu", precision="fp32").autocast()
+    other = maybe_autocast("cpu", torch.float16, cache_enabled=False)
+    why = (KeyError, KeyError(), None)
+    for pair in ((half, half), (half, plain), (plain, half), (plain, plain), (half, other)):
+        for order in (pair, pair[::-1]):
+            for mode in (contextlib.nullcontext(), Seen()):
+                with mode:
+                    for region in pair:
+                        region.__enter__()
+                    for region in order:
+                        assert not region.__exit__(*why)
+                assert not on()
+                assert torch.is_autocast_cache_enabled()
+
+
+def test_a_region_that_is_off_anyway_is_left_before_what_was_entered_in_it() -> None:
+    with playing("a100"):
+        idle = DeviceContext(precision="fp32").autocast()
+        uncached = maybe_autocast("cpu", BF16, cache_enabled=False)
+        for first, second in ((idle, uncached), (uncached, idle)):
+            first.__enter__()
+            second.__enter__()
+            first.__exit__(None, None, None)
+            assert (on("cpu"), on("cuda")) == (second is uncached, False)
+            assert torch.is_autocast_cache_enabled() is not on("cpu")
+            second.__exit__(None, None, None)
+            assert torch.is_autocast_cache_enabled()
+        with uncached, uncached, idle:
+            assert product() is BF16
+        assert not on()
+
+
 def test_interleaved_generators_leave_nothing_behind() -> None:
     def region() -> Iterator[bool]:
         with maybe_autocast("cpu", BF16):
@@ -196,9 +247,40 @@ def test_a_decorated_generator_computes_under_autocast_and_its_consumer_does_not
     assert running.send("more") is BF16  # type: ignore[attr-defined]
     assert running.throw(KeyError()) is BF16  # type: ignore[attr-defined]
     assert list(running) == []
-    early = batches()
-    next(early)
-    early.close()  # type: ignore[attr-defined]
+    assert batches.__name__ == "batches"
+
+
+def test_a_decorated_generator_that_is_closed_cleans_up_under_autocast() -> None:
+    seen: list[torch.dtype] = []
+
+    @maybe_autocast("cpu", BF16)
+    def count(first: int, *, by: int) -> Iterator[int]:
+        try:
+            while True:
+                yield first
+                first += by
+        finally:
+            seen.append(product())
+
+    early: Any = count(3, by=2)
+    assert [next(early), next(early)] == [3, 5]
+    early.close()
+    assert seen == [BF16]
+    assert not on()
+    with pytest.raises(StopIteration):
+        next(early)
+
+    @maybe_autocast("cpu", BF16)
+    def stubborn() -> Iterator[int]:
+        try:
+            yield 1
+        except GeneratorExit:
+            yield 2
+
+    running: Any = stubborn()
+    next(running)
+    with pytest.raises(RuntimeError, match="ignored GeneratorExit"):
+        running.close()
     assert not on()
 
 
@@ -266,6 +348,37 @@ def test_float32_is_a_dtype_of_cuda_autocast() -> None:
     with playing("a100"), maybe_autocast("cuda", torch.float32):
         assert on("cuda")
         assert torch.get_autocast_dtype("cuda") is torch.float32
+
+
+def test_each_device_and_dtype_is_told() -> None:
+    asked = [("cpu", torch.float64), ("cpu", torch.int32), ("cuda", torch.float64)]
+    with playing("a100"), pytest.warns(PrecisionFallbackWarning) as caught:
+        for kind, dtype in 2 * asked:
+            with maybe_autocast(kind, dtype):
+                assert not on(kind)
+    assert len(caught) == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [("cpu", torch.float64), ("gtx1660", torch.float16), ("m1-macos13", BF16)],
+)
+def test_a_dtype_that_does_not_matter_is_no_matter(key: str, dtype: torch.dtype) -> None:
+    with playing(key) as hardware, maybe_autocast(hardware.device_type, dtype, enabled=False):
+        assert not on(hardware.device_type)
+
+
+def test_a_region_that_is_off_has_the_dtype_that_torchs_has() -> None:
+    for dtype in (BF16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            for region in (
+                torch.autocast("cpu", enabled=False),
+                maybe_autocast("cpu", enabled=False),
+                maybe_autocast("cpu", torch.float32),
+            ):
+                with region:
+                    assert not on()
+                    assert torch.get_autocast_dtype("cpu") is dtype
 
 
 def test_unknown_devices_are_errors() -> None:
@@ -424,6 +537,78 @@ def test_a_loop_inside_one_region_learns(caplog: pytest.LogCaptureFixture) -> No
         assert [step() for _ in range(20)] == losses
     told = [message for message in caplog.messages if "clear_autocast_cache" in message]
     assert len(told) == (0 if autocast._CACHE_LOSES_GRADIENTS else 1)  # which caches nothing here
+
+
+def test_nothing_is_told_of_a_step_where_no_weights_are_cached(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    learner = Learner()
+    for region in (
+        maybe_autocast("cpu", enabled=False),
+        DeviceContext("cpu", precision="fp32").autocast(),
+        maybe_autocast("cpu", BF16, cache_enabled=False),
+    ):
+        with region:
+            learner.plain()
+    learner.plain()
+    assert not caplog.messages
+
+
+def test_weights_that_change_between_two_regions_are_seen() -> None:
+    region = maybe_autocast("cpu", BF16, cache_enabled=True)
+    learner = Learner()
+    seen = []
+    for _ in range(3):
+        with region:
+            with region:
+                seen.append(learner.loss().item())
+            assert learner.loss().item() == seen[-1]
+        with torch.no_grad():
+            for weight in learner.model.parameters():
+                weight.mul_(0.5)
+    assert len(set(seen)) == 3
+
+
+def test_optimizers_are_watched_once() -> None:
+    def hooks() -> int:
+        return len(sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks)
+
+    maybe_autocast("cpu", BF16)
+    before = hooks()
+    for cached in (True, False):
+        Autocast("cpu", BF16, True, cached)
+    assert hooks() == before
+
+
+@pytest.mark.skipif(autocast._CACHE_LOSES_GRADIENTS, reason="there it is off, see below")
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_weights_are_cached_where_torch_caches_them(asked: bool | None, made_inside: bool) -> None:
+    seen = []
+    for make in (torch.autocast, maybe_autocast):
+        early = make("cpu", BF16, cache_enabled=asked)
+        with torch.autocast("cpu", enabled=False, cache_enabled=False):
+            late = make("cpu", BF16, cache_enabled=asked)
+            with late if made_inside else early:
+                seen.append(torch.is_autocast_cache_enabled())
+    assert seen[0] is seen[1]
+
+
+@pytest.mark.parametrize(
+    ("version", "loses"),
+    [("2.4.1", True), ("2.10.0+cu128", True), ("2.11.0", False), ("2.15.0", False), ("3.0", False)],
+)
+def test_the_cache_that_loses_gradients_is_off_with_each_torch_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, version: str, loses: bool
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    spec = importlib.util.spec_from_file_location("another_autocast", str(autocast.__file__))
+    assert spec
+    assert spec.loader
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    with another.maybe_autocast("cpu", BF16):
+        assert torch.is_autocast_cache_enabled() is not loses
 
 
 def test_an_average_that_is_copied_inside_the_region_is_seen() -> None:
@@ -657,9 +842,34 @@ def test_cuda_is_left_alone_until_a_region_is_entered(
 
 
 def test_a_region_made_asleep_takes_the_dtype_of_the_one_around() -> None:
-    with asleep("a100"), torch.autocast("cuda", torch.float16):
+    with asleep("a100") as awake, torch.autocast("cuda", torch.float16):
         torch.set_autocast_dtype("cuda", BF16)
         region = maybe_autocast("cuda")
+        assert not awake
     torch.set_autocast_dtype("cuda", torch.float16)
     with playing("a100"), region:
         assert torch.get_autocast_dtype("cuda") is BF16
+
+
+def test_a_region_made_asleep_is_off_where_the_device_is_gone() -> None:
+    with asleep("a100"):
+        region = maybe_autocast("cuda", BF16)
+    with pytest.warns(PrecisionFallbackWarning, match="no cuda device"), region:
+        assert not on("cuda")
+    assert torch.get_autocast_dtype("cuda") is torch.float16
+
+
+def test_asleep_it_knows_how_a_dtype_is_spelled_and_what_it_has() -> None:
+    with asleep("a100") as awake:
+        with pytest.raises(UnsupportedPrecisionError, match="did you mean 'bf16'"):
+            maybe_autocast("cuda", "bf61")
+        assert not hasattr(maybe_autocast("cuda"), "autocast")
+        assert not awake
+
+
+def test_the_plan_and_a_named_device_are_told_apart() -> None:
+    with playing("a100"):
+        for _ in range(2):
+            for arguments, dtype in ((("cuda",), torch.float16), ((), BF16)):
+                with maybe_autocast(*arguments):
+                    assert torch.get_autocast_dtype("cuda") is dtype
