@@ -531,13 +531,14 @@ def test_unscaling_whatever_the_default_dtype_and_never_of_fp16(has_float64: boo
 
 @without_mps
 def test_a_device_without_float64_is_trained_there() -> None:
-    with play("arc-a770", live=True):
+    with play("arc-a770", live=True) as played:
         ctx = DeviceContext(precision="fp16")
         w = torch.nn.Parameter(torch.tensor([1.0, 2.0], device=ctx.device))
         scaler, optimizer = ctx.scaler(), sgd(w)
         for factor in (1.0, INF):
             result = scaler.backward_step((w * factor).sum(), optimizer, max_norm=1e3)
             assert result.stepped is (factor == 1.0)
+        assert not played.asked("copy")
         assert w.tolist() == [0.5, 1.5]
 
 
@@ -798,21 +799,48 @@ def test_the_scale_is_updated_once_an_iteration() -> None:
     assert scaler.get_scale() == 65536.0
 
 
-@pytest.mark.parametrize(
+LOOK = pytest.mark.parametrize(
     "look",
     [
         lambda scaler: scaler.get_scale(),
         lambda scaler: scaler.state_dict()["scale"],
-        lambda scaler: pickle.loads(pickle.dumps(scaler)).get_scale(),
-        lambda scaler: copy.deepcopy(scaler).get_scale(),
         lambda scaler: scaler.scale(torch.ones(())).item(),
-        lambda scaler: scaler.update() or scaler._scale.item(),
     ],
 )
+COPY = [lambda scaler: pickle.loads(pickle.dumps(scaler)), copy.deepcopy]
+
+
+@LOOK
 def test_whoever_looks_sees_the_scale_to_come(look: Any) -> None:
     w, scaler = weight(), enabled()
     scaler.backward_step((w * INF).sum(), sgd(w))
     assert look(scaler) == 32768.0
+    scaler.update()
+    assert look(scaler) == 32768.0
+
+
+@pytest.mark.parametrize("copied", COPY)
+def test_a_copy_has_the_scale_to_come(copied: Any) -> None:
+    w, scaler = weight(), enabled()
+    scaler.backward_step((w * INF).sum(), sgd(w))
+    assert copied(scaler).get_scale() == 32768.0
+    scaler.scale(w.sum()).backward()
+    scaler.step(sgd(w))
+    with pytest.raises(AssertionError, match="only be pickled"):
+        copied(scaler)  # as torch says, before update()
+
+
+@LOOK
+def test_looking_before_the_update_by_hand_changes_nothing(look: Any) -> None:
+    w, scaler = weight(), enabled()
+    optimizer = sgd(w)
+    for scale in (2.0**16, 2.0**15):
+        scaler.scale((w * INF).sum()).backward()
+        scaler.step(optimizer)
+        assert look(scaler) == scale
+        assert scaler.get_scale() == scale
+        scaler.update()
+        assert scaler.get_scale() == scale / 2
 
 
 def test_a_second_optimizer_of_the_same_loss_steps_by_hand() -> None:
