@@ -84,9 +84,9 @@ class Autocast(torch.autocast):
     def __init__(
         self,
         device_type: str,
-        dtype: torch.dtype | None = None,
-        enabled: bool = True,
-        cache_enabled: bool | None = None,
+        dtype: torch.dtype | None,
+        enabled: bool,
+        cache_enabled: bool | None,
     ) -> None:
         super().__init__(device_type, dtype, enabled, cache_enabled)
         if cache_enabled is None and _CACHE_LOSES_GRADIENTS:

@@ -220,7 +220,9 @@ def _float64_anywhere(patch: pytest.MonkeyPatch) -> None:
 
 
 _FORGETFUL = attribute(
-    context.DeviceContext, "_region", lambda ctx, *_: autocast.Autocast(ctx.device.type, None, True)
+    context.DeviceContext,
+    "_region",
+    lambda ctx, *_: autocast.Autocast(ctx.device.type, None, True, None),
 )
 
 # fault: the machine that shows it, how it is put in, what is then said

@@ -66,6 +66,17 @@ def test_the_default_dtype_inside_a_region_is_that_regions() -> None:
                 assert product() is dtype
 
 
+def test_the_dtype_of_each_region_is_restored() -> None:
+    half, brain = maybe_autocast("cpu", torch.float16), maybe_autocast("cpu", BF16)
+    before = torch.get_autocast_dtype("cpu")
+    with half:
+        assert product() is torch.float16
+        with brain, half, brain:
+            assert product() is BF16
+        assert product() is torch.float16
+    assert torch.get_autocast_dtype("cpu") is before
+
+
 def test_cache_enabled_is_passed_on() -> None:
     with maybe_autocast("cpu", BF16, cache_enabled=False):
         assert not torch.is_autocast_cache_enabled()

@@ -356,11 +356,11 @@ def test_compiling_is_a_candidate_when_asked_for(
 ) -> None:
     monkeypatch.setattr(nn.Module, "compile", faster, raising=True)
     model = Crowded(clock).eval()
-    plan = context().tuned(model, torch.ones(3, 4), cache=False, compile=True).plan
+    assert not context().tuned(model, torch.ones(3, 4)).plan.compiled
+    plan = context().tuned(model, torch.ones(3, 4), compile=True).plan  # not the one that was kept
     assert plan.compiled
     assert "fp32 contiguous compiled: " in plan.evidence[-2]
     assert type(model) is Crowded
-    assert not context().tuned(model, torch.ones(3, 4), cache=False).plan.compiled
 
 
 def faster(model: nn.Module) -> None:
@@ -435,6 +435,8 @@ def test_what_was_found_is_kept_and_found_again(cache: Path) -> None:
     assert calls == measured_with
     assert (again.plan.dtype, again.plan.evidence) == (first.plan.dtype, first.plan.evidence)
     assert "kept" in again.plan.reason
+    assert again.tuned(model, batch, loss=loss).plan == again.plan  # open to all, as before
+    assert calls == measured_with
     context().tuned(model, torch.ones(5, 4), loss=loss)
     assert calls > measured_with
     assert len([*cache.glob("*.json")]) == 2
