@@ -375,8 +375,12 @@ def test_each_device_and_dtype_is_told() -> None:
     [("cpu", torch.float64), ("gtx1660", torch.float16), ("m1-macos13", BF16)],
 )
 def test_a_dtype_that_does_not_matter_is_no_matter(key: str, dtype: torch.dtype) -> None:
-    with playing(key) as hardware, maybe_autocast(hardware.device_type, dtype, enabled=False):
-        assert not on(hardware.device_type)
+    with playing(key) as hardware:
+        kind = hardware.device_type
+        before = torch.get_autocast_dtype(kind)
+        with maybe_autocast(kind, dtype, enabled=False):
+            assert not on(kind)
+            assert torch.get_autocast_dtype(kind) is before
 
 
 def test_a_region_that_is_off_has_the_dtype_that_torchs_has() -> None:
@@ -709,6 +713,10 @@ def test_inside_a_compiled_graph() -> None:
         with ctx.autocast(dtype=torch.float32), ctx.autocast(dtype=BF16, cache_enabled=False):
             return x.mm(x)
 
+    def refused(x: torch.Tensor) -> torch.Tensor:
+        with ctx.autocast(dtype=torch.float16):
+            return x.mm(x)
+
     def automatic(x: torch.Tensor) -> torch.Tensor:
         with maybe_autocast():
             return x.mm(x)
@@ -724,6 +732,8 @@ def test_inside_a_compiled_graph() -> None:
     of_the_newest = (nothing,) if torch_version() >= (2, 15) else ()
     for function in (automatic, in_float32, *of_the_newest):
         assert compiled_dtype(function) is torch.float32, function.__name__
+    with pytest.warns(PrecisionFallbackWarning, match="becomes fp32"):
+        assert compiled_dtype(refused) is torch.float32
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
