@@ -217,8 +217,21 @@ def test_a_second_call_that_differs_is_found() -> None:
 
     model = nn.Sequential(Faulty(nn.Linear(16, 4), second))
     assert FP32.verify(model, SERIES, repeats=1).ok
-    calls.clear()
-    assert {one.module for one in FP32.verify(model, SERIES).faults} == {"0"}
+    made = []
+    for options in ({}, {"repeats": 2}):
+        calls.clear()
+        assert {one.module for one in FP32.verify(model, SERIES, **options).faults} == {"0"}
+        made.append(len(calls))
+    assert made[0] == made[1]
+
+
+def test_a_compiled_model_is_compared_as_it_was() -> None:
+    def never(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    model = nn.Sequential(Faulty(nn.Linear(16, 4), lambda y: y * 1.01))
+    wrapped: Any = torch.compile(model, backend=never)
+    assert {one.module for one in FP32.verify(wrapped, SERIES).faults} == {"0"}
 
 
 def test_a_statistic_that_is_not_written_is_found() -> None:
