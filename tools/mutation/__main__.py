@@ -45,12 +45,9 @@ PATIENCE = 20.0
 # The test files of a module whose name is not in theirs; run whole where a fault shows at import.
 OWN = {
     "api": ["tests/unit/test_context.py"],
-    "notices": ["tests/unit/test_context.py", "tests/unit/test_autocast.py"],
-    "errors": ["tests/unit/test_context.py", "tests/unit/test_backends.py"],
     "launchers": ["tests/unit/test_distributed.py"],
     "callables": ["tests/unit/test_memory.py", "tests/unit/test_tuning.py"],
     "nested": ["tests/unit/test_transfer.py"],
-    "traps": ["tests/unit/test_cli.py"],
     "doctor": ["tests/unit/test_cli.py"],
     "plan_cache": ["tests/unit/test_tuning.py"],
     "portable_amp_pytest": ["tests/unit/test_pytest_plugin.py"],
@@ -64,6 +61,8 @@ OWN = {
         f"tests/migrate/test_{name}.py" for name in ("detect", "fix", "commands", "assembled")
     ],
 }
+RECORDS = "tests/unit/test_records.py"
+"""Of records in all modules."""
 
 
 def modules() -> dict[str, Path]:
@@ -85,7 +84,7 @@ def own_files(module: str, path: Path) -> list[str]:
         for folder in ("unit", "property")
         for file in sorted((ROOT / "tests" / folder).glob(f"test_{parts[-1]}*.py"))
     ]
-    return [path.relative_to(ROOT).as_posix(), *(named or OWN.get(parts[0], []))]
+    return [path.relative_to(ROOT).as_posix(), *(named or OWN.get(parts[0], [])), RECORDS]
 
 
 def digest(*paths: Path) -> str:
