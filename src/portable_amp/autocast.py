@@ -22,7 +22,7 @@ from torch import (  # by name: they are called in every step
     set_autocast_dtype,
     set_autocast_enabled,
 )
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from portable_amp.backends import resolve_device, torch_version
@@ -94,9 +94,6 @@ class Autocast(torch.autocast):
         _watch_optimizers()
 
     def __enter__(self) -> Any:
-        if is_dynamo_compiling():  # traced, not run: there is nothing to restore
-            super().__enter__()  # type: ignore[no-untyped-call]
-            return self
         device = self.device
         on = is_autocast_enabled(device)
         dtype, cached = get_autocast_dtype(device), is_autocast_cache_enabled()
@@ -126,9 +123,6 @@ class Autocast(torch.autocast):
         return self
 
     def __exit__(self, *exc: Any) -> Literal[False]:
-        if is_dynamo_compiling():
-            super().__exit__(*exc)
-            return False
         regions = entered.regions
         if regions and regions[-1][0] is self:
             _, device, on, dtype, cached, live = regions.pop()
@@ -201,11 +195,10 @@ class OffAutocast(Autocast):
         return self
 
     def __exit__(self, *exc: Any) -> Literal[False]:
-        if not is_dynamo_compiling():
-            regions = entered.regions
-            if regions and regions[-1] is self._idle:
-                del regions[-1]
-                return False
+        regions = entered.regions
+        if regions and regions[-1] is self._idle:
+            del regions[-1]
+            return False
         return super().__exit__(*exc)
 
 

@@ -23,7 +23,7 @@ from portable_amp import (
 from portable_amp.autocast import Autocast, NoAutocast
 from portable_amp.backends import torch_version
 from portable_amp.testing import machine
-from support import asleep, playing
+from support import asleep, playing, without_mps
 
 BF16 = torch.bfloat16
 
@@ -372,7 +372,11 @@ def test_each_device_and_dtype_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("key", "dtype"),
-    [("cpu", torch.float64), ("gtx1660", torch.float16), ("m1-macos13", BF16)],
+    [
+        ("cpu", torch.float64),
+        ("gtx1660", torch.float16),
+        pytest.param("m1-macos13", BF16, marks=without_mps),
+    ],
 )
 def test_a_dtype_that_does_not_matter_is_no_matter(key: str, dtype: torch.dtype) -> None:
     with playing(key) as hardware:
@@ -674,14 +678,14 @@ def test_where_the_cache_loses_gradients_it_is_off_while_there_are_any(
         assert cached()
 
 
-def compiled_dtype(function: object) -> torch.dtype:
+def compiled_dtype(function: object, fullgraph: bool = True) -> torch.dtype:
     torch._dynamo.reset()
     with warnings.catch_warnings():
         # Dynamo's own imports may warn on some versions; what is tested is fullgraph and the dtype.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", "Guards may run slower", RuntimeWarning)  # Python 3.13.0
-        whole = torch.compile(function, fullgraph=True, backend="eager")  # type: ignore[call-overload]
-        return whole(torch.ones(2, 2)).dtype  # type: ignore[no-any-return]
+        compiled = torch.compile(function, fullgraph=fullgraph, backend="eager")  # type: ignore[call-overload]
+        return compiled(torch.ones(2, 2)).dtype  # type: ignore[no-any-return]
 
 
 def test_inside_a_compiled_graph() -> None:
@@ -734,6 +738,35 @@ def test_inside_a_compiled_graph() -> None:
         assert compiled_dtype(function) is torch.float32, function.__name__
     with pytest.warns(PrecisionFallbackWarning, match="becomes fp32"):
         assert compiled_dtype(refused) is torch.float32
+
+
+def test_where_a_graph_breaks_beside_a_region() -> None:
+    region = maybe_autocast("cpu", BF16)
+
+    def entered_by_hand(x: torch.Tensor) -> torch.Tensor:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(region)
+            return x.mm(x)
+
+    @region
+    def products(x: torch.Tensor) -> Iterator[torch.Tensor]:
+        for _ in range(2):
+            yield x.mm(x)
+
+    def generated(x: torch.Tensor) -> torch.Tensor:
+        return sum(products(x), torch.zeros(2, 2, dtype=BF16))
+
+    def raised(x: torch.Tensor) -> torch.Tensor:
+        try:
+            with region:
+                x = x.mm(x)
+                raise ValueError
+        except ValueError:
+            return x
+
+    for function in (entered_by_hand, generated, raised):
+        assert compiled_dtype(function, fullgraph=False) is BF16, function.__name__
+        assert not on()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
