@@ -74,7 +74,7 @@ def test_the_readmes_table_of_machines() -> None:
         expected = []
         for request in ("auto", "fp16", "bf16"):
             plan = choose(request, can)
-            scaler, fell = " + scaler" * plan.scaler, ", told" * plan.fell_back
+            scaler, fell = " + scaler" * plan.scaler, ", with a warning" * plan.fell_back
             expected.append(f"{plan.name}{scaler}{fell}")
         cache = backend_for(can.device_type).empty_cache
         assert told == [*expected, f"`torch.{cache}`" if cache else "nothing"], key

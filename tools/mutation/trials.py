@@ -52,7 +52,7 @@ def options() -> list[str]:
 def trial(run: Callable[[Say], str], patience: float) -> str:
     """What `run` answers in a fork of this process: "survived", or what killed the fault.
 
-    It says a line for each test that passed; with none for `patience` seconds it hangs.
+    It says a line for each test that begins; with none for `patience` seconds the last one hangs.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -69,18 +69,19 @@ def trial(run: Callable[[Say], str], patience: float) -> str:
         os.write(writer, f"={answer}\n".encode())
         os._exit(0)
     os.close(writer)
-    told = b""
+    told = latest = b""
     answer = "crash"
     try:
         while True:
             if not select.select([reader], [], [], patience)[0]:
-                answer = "hangs"
+                answer = f"hangs {latest.decode()}"
                 break
             more = os.read(reader, 65536)
             if not more:
                 break
             told += more
             *lines, told = told.split(b"\n")
+            latest = lines[-1] if lines else latest
             final = [line for line in lines if line.startswith(b"=")]
             if final:
                 answer = final[0][1:].decode()
@@ -96,17 +97,20 @@ def trial(run: Callable[[Say], str], patience: float) -> str:
 
 
 class Watcher:
-    """Notes the first test that fails, and says each that passed."""
+    """Notes the first test that fails, and says each that begins."""
 
     def __init__(self, say: Say) -> None:
         self.say = say
         self.failed = ""
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """A test begins."""
+        self.say(nodeid.replace("\n", " "))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of setup, call and teardown."""
         if report.failed and not self.failed:
             self.failed = report.nodeid
-        self.say(".")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A module of tests that cannot be imported is red, too."""
@@ -262,6 +266,7 @@ def cover(items: dict[str, pytest.Item], request: dict[str, Any]) -> str:
                 failed.append(watcher.failed)
                 watcher.failed = ""
         measured.stop()
+        say("none any more")
         data = measured.get_data()
         lines: dict[str, dict[str, list[int]]] = {name: {} for name in seconds}
         for file in data.measured_files():
