@@ -68,6 +68,7 @@ def run_here(folder: Path, *options: str, test: str = TELL) -> tuple[int, Seen]:
     seen, fixed = Seen(), ["-p", "portable_amp_pytest", "--import-mode=importlib"]
     for name in ("cacheprovider", "faulthandler", "unraisableexception"):  # the last is slow
         fixed += ["-p", f"no:{name}"]
+    fixed += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # it may be imported already
     try:
         return pytest.main([*fixed, *options, str(folder)], plugins=[seen]), seen
     finally:
