@@ -42,24 +42,22 @@ NEVER = 1e9
 PATIENCE = 20.0
 """Seconds in which no test ends: the fault hangs, which is noticed."""
 
-# The test files of a module whose name is not in theirs; run whole where a fault shows at import.
+# Test files of a module beside those that bear its name; run whole where a fault shows at import.
 OWN = {
     "api": ["tests/unit/test_context.py"],
     "launchers": ["tests/unit/test_distributed.py"],
-    "callables": ["tests/unit/test_memory.py", "tests/unit/test_tuning.py"],
     "nested": ["tests/unit/test_transfer.py"],
     "doctor": ["tests/unit/test_cli.py"],
     "plan_cache": ["tests/unit/test_tuning.py"],
     "portable_amp_pytest": ["tests/unit/test_pytest_plugin.py"],
+    "numerics": ["tests/unit/test_numerics.py"],
     "testing/plugin": ["tests/accelerator"],
+    "testing/accelerator": ["tests/accelerator"],
     "testing/machines": ["tests/unit/test_precision.py", "tests/unit/test_play.py"],
     "testing/dtypes": ["tests/unit/test_dtype_flow.py"],
-    "testing/strategies": ["tests/property"],
-    "testing/accelerator": ["tests/accelerator"],
+    "testing/strategies": [],
     "testing": ["tests/unit/test_play.py", "tests/conformance"],
-    "migrate": [
-        f"tests/migrate/test_{name}.py" for name in ("detect", "fix", "commands", "assembled")
-    ],
+    "migrate": ["tests/migrate/test_fix.py", "tests/migrate/test_commands.py"],
 }
 RECORDS = "tests/unit/test_records.py"
 """Of records in all modules."""
@@ -79,12 +77,13 @@ def modules() -> dict[str, Path]:
 def own_files(module: str, path: Path) -> list[str]:
     """The test files of one module, and its own docstrings."""
     parts = module.split("/")
-    named = OWN.get(module) or [
+    named = [
         file.relative_to(ROOT).as_posix()
-        for folder in ("unit", "property")
+        for folder in ("unit", "property", "migrate")
         for file in sorted((ROOT / "tests" / folder).glob(f"test_{parts[-1]}*.py"))
     ]
-    return [path.relative_to(ROOT).as_posix(), *(named or OWN.get(parts[0], [])), RECORDS]
+    others = OWN.get(module, OWN.get(parts[0], []))
+    return [*dict.fromkeys([path.relative_to(ROOT).as_posix(), *named, *others, RECORDS])]
 
 
 def digest(*paths: Path) -> str:
@@ -223,8 +222,8 @@ class Module:
         return any(test.startswith(name) for name in self.own)
 
     def slow(self) -> list[str]:
-        """The tests of its own files that the time for a fault is too short for."""
-        skipped, budget = [], self.seconds
+        """The tests of its own files that twice the time for a fault is too short for."""
+        skipped, budget = [], 2 * self.seconds
         own = [(took, test) for test, (took, _) in self.tests.items() if self.is_own(test)]
         for took, test in sorted(own):
             budget -= took
