@@ -13,7 +13,7 @@ from portable_amp.backends import backend_for, parse_device, torch_function
 from portable_amp.capabilities import Capabilities
 from portable_amp.errors import DistributedError
 from portable_amp.launchers import launcher
-from portable_amp.precision import Precision, PrecisionPlan, choose, common_plan
+from portable_amp.precision import Precision, PrecisionPlan, common_plan
 
 T = TypeVar("T")
 
@@ -102,8 +102,7 @@ def agree_on_plan(request: Precision, capabilities: Capabilities) -> PrecisionPl
     Ranks that differ (two kinds of card, two versions of torch) would otherwise exchange gradients
     of different precision, or wait for each other in different steps.
     """
-    everyone = _of_all_ranks(capabilities)
-    return common_plan(request, everyone) if len(everyone) > 1 else choose(request, capabilities)
+    return common_plan(request, _of_all_ranks(capabilities))
 
 
 def common_to_ranks(plan: PrecisionPlan, capabilities: Capabilities) -> PrecisionPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import os
 import re
 import stat
@@ -176,6 +177,8 @@ def test_not_ascii_before_it_on_the_line() -> None:
         ("import os; import torch; torch.ones(1).cuda()\n", "\ntorch.ones(1).to(ctx.device)\n"),
         ("import os; import torch  # both\nx = torch.ones(1).cuda()\n", None),
         ("if 1:\n    import torch\ntorch.ones(1).cuda()\n", None),
+        ("import os\nimport sys\nif 1: import torch\ntorch.ones(1).cuda()\n", None),
+        ("import os\nimport sys\nx = 1; import torch\ntorch.ones(1).cuda()\n", None),
         ("\n\nx = 1\nimport torch\ntorch.ones(1).cuda()\n", None),
         ("# What it is.\n\nx = 1\nimport torch\ntorch.ones(1).cuda()\n", None),
         ("import torch\ntorch.ones(1).cuda(non_blocking=True)\n", "\nctx.to(torch.ones(1))\n"),
@@ -208,8 +211,10 @@ def test_the_import_goes_below_those_of_others(first: str) -> None:
 
 def test_a_context_has_a_name_that_nobody_has() -> None:
     taken: list[str] = []
+    ways = ("{} = 1", "import {}", "import {}.inner", "import a.b as {}", "def {}(): pass")
     for _ in range(7):
-        text = "import torch\n" + "".join(f"{one} = 1\n" for one in taken) + "x.cuda()\n"
+        lines = [way.format(one) + "\n" for way, one in zip(itertools.cycle(ways), taken)]
+        text = "import torch\n" + "".join(lines) + "x.cuda()\n"
         (name,) = re.findall(r"^(\w+) = DeviceContext\(", fix(text), re.M)
         assert fix(text).endswith(f"x.to({name}.device)\n")
         assert name not in taken

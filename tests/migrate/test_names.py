@@ -50,6 +50,12 @@ def test_what_begins_alike_is_not_told(name: str) -> None:
     assert scan(f"import torch\n{name}('cuda')") == []
 
 
+@pytest.mark.parametrize("line", ["import torch", "import torch.cuda", "import os, torch.cuda.amp"])
+def test_an_import_of_a_function_hides_a_name_around_it(line: str) -> None:
+    text = f"torch = fake\ndef here():\n    {line}\n    torch.cuda.synchronize()\n"
+    assert [one.code for one in scan(text)] == ["PAM302"]
+
+
 HIDING = (
     *("torch = fake", "torch: object = fake", "other = torch = fake", "torch, other = fake"),
     *("import fake as torch", "from fake import torch", "from fake import cuda as torch"),

@@ -6,11 +6,13 @@ import io
 import json
 import types
 import warnings
+from typing import get_args
 
 import pytest
 import torch
 
 from portable_amp.migrate import output
+from portable_amp.migrate.findings import Applicability, Level
 from portable_amp.migrate.rules import RULES
 from portable_amp.migrate.scan import scan
 from portable_amp.testing import play
@@ -110,5 +112,7 @@ def test_rules_are_rows_that_differ() -> None:
     assert [one["shortDescription"]["text"] for one in told.values()] == [
         one.title for one in RULES.values()
     ]
+    assert {one.level for one in RULES.values()} == {*get_args(Level)}
+    assert {one.fix for one in RULES.values()} == {*get_args(Applicability)}
     levels = {one["defaultConfiguration"]["level"] for one in told.values()}
     assert levels == {"error", "warning", "note"}

@@ -221,7 +221,7 @@ class Fields(MutableMapping):  # type: ignore[type-arg]
 
 
 class Row(MutableSequence):  # type: ignore[type-arg]
-    __slots__ = ("content",)
+    __slots__ = ("content", "never_set")
 
     def __init__(self) -> None:
         self.content: list[Any] = []
@@ -251,6 +251,9 @@ def test_the_batch_that_was_given_stays_as_it_was() -> None:
         assert type(part) is type(batch)
         assert part[at].tolist() == [0, 1]
         assert batch[at] is x  # type: ignore[index]
+    for part in range(3):  # as many as there are samples, and yet no list of samples
+        row.append(x + part)
+    assert [one.tolist() for one in slice_of(row, 0, 1)] == [[0], [0], [1], [2]]
 
 
 def test_what_stays_behind_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
