@@ -175,8 +175,8 @@ def covered(worker: Worker) -> dict[str, Any]:
         if answer != "done":
             raise SystemExit(f"the tests could not be measured: {answer}")
         new = json.loads(target.read_text())
-        for test in new["failed"]:
-            print(f"fails without any fault, and is left out: {test}", flush=True)
+        for test, why in new["failed"].items():
+            print(f"fails without any fault, and is left out: {test}\n{why}", flush=True)
             new["tests"][test] = [NEVER, {}]
         for name in stale:
             tests = {t: v for t, v in new["tests"].items() if t.split("::")[0] == name}
@@ -398,8 +398,6 @@ def main() -> int:
         if name not in there:
             parser.error(f"no module {name!r}; there are {', '.join(there)}")
     BUILD.mkdir(parents=True, exist_ok=True)
-    for folder in BUILD.glob("tmp-*"):
-        shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
     workers = [Worker(number) for number in range(asked.jobs)]
     tests = covered(workers[0])

@@ -17,6 +17,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ IGNORED = [
     "tests/migrate/test_rule_pages.py",
     "tests/migrate/test_self.py",
 ]
-OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp=../tmp-{}"]
+OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp={}"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # Hypothesis is loaded already
 OPTIONS += [f"--ignore={name}" for name in IGNORED]
 
@@ -45,8 +46,13 @@ Say = Callable[[str], None]
 
 
 def options() -> list[str]:
-    """The arguments of pytest; each worker has a temporary folder of its own."""
-    return [option.format(os.getpid()) for option in OPTIONS]
+    """The arguments of pytest; each process has a temporary folder of its own."""
+    return [option.format(scratch(os.getpid())) for option in OPTIONS]
+
+
+def scratch(process: int) -> Path:
+    """Outside of the project, whose settings would count there."""
+    return Path(tempfile.gettempdir(), f"portable-amp-mutation-{process}")
 
 
 def trial(run: Callable[[Say], str], patience: float) -> str:
@@ -92,7 +98,7 @@ def trial(run: Callable[[Say], str], patience: float) -> str:
                 kill(child, signal.SIGKILL)
         os.close(reader)
         os.waitpid(child, 0)
-        shutil.rmtree(f"../tmp-{child}", ignore_errors=True)
+        shutil.rmtree(scratch(child), ignore_errors=True)
     return answer
 
 
@@ -102,6 +108,7 @@ class Watcher:
     def __init__(self, say: Say) -> None:
         self.say = say
         self.failed = ""
+        self.why = ""
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """A test begins."""
@@ -110,7 +117,7 @@ class Watcher:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of setup, call and teardown."""
         if report.failed and not self.failed:
-            self.failed = report.nodeid
+            self.failed, self.why = report.nodeid, report.longreprtext
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A module of tests that cannot be imported is red, too."""
@@ -255,7 +262,7 @@ def cover(items: dict[str, pytest.Item], request: dict[str, Any]) -> str:
         if wanted:
             wanted[0].config.pluginmanager.register(watcher)
         seconds: dict[str, float] = {}
-        failed = []
+        failed = {}
         measured.start()
         for item, following in itertools.pairwise([*wanted, None]):
             measured.switch_context(item.nodeid)
@@ -263,7 +270,7 @@ def cover(items: dict[str, pytest.Item], request: dict[str, Any]) -> str:
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
             seconds[item.nodeid] = time.perf_counter() - began
             if watcher.failed:
-                failed.append(watcher.failed)
+                failed[watcher.failed] = watcher.why
                 watcher.failed = ""
         measured.stop()
         say("none any more")
