@@ -19,7 +19,7 @@ import torch
 
 from portable_amp.errors import CheckpointError, shown
 
-_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = (bool, type(None), torch.dtype, torch.device, torch.Size)
 # The value alone of what is a subclass, such as an Enum's member, whatever its own methods say.
 _BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (str, str.__str__),

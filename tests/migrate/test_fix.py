@@ -147,6 +147,24 @@ def test_why_it_is_not_fixed_is_told(text: str, reason: str) -> None:
     assert re.match(" " + reason if reason else "$", added), added
 
 
+@pytest.mark.parametrize(
+    ("call", "waits"),
+    [
+        ("x.cuda(0)", True),
+        ("x.cuda(0, True)", False),
+        ("x.cuda(None, non_blocking=True)", False),
+        ("x.to('cuda', torch.half)", True),
+        ("x.to('cuda', torch.half, True)", False),
+        ("torch.zeros(2, 3, 4, device='cuda')", True),
+    ],
+)
+def test_a_copy_that_does_not_wait_becomes_none_that_does_not_either(
+    call: str, waits: bool
+) -> None:
+    fixed = fix(f"import torch\n{call}\n", unsafe=True)
+    assert fixed.endswith(f"\n{call}\n") is not waits
+
+
 LINES = (
     "# -*- coding: latin-1 -*-\n# caf\u00e9\nimport torch\t \n\n"
     "x = torch.ones(1).cuda()\t# \u00fc  \n\n\n"
@@ -207,6 +225,14 @@ def test_the_import_goes_below_those_of_others(first: str) -> None:
     text = f"try:\n    {first}\nexcept ImportError:\n    pass\nimport os\nx.cuda()\n"
     fixed = fix(text)
     assert fixed.index("import os\n") < fixed.index("from portable_amp") < fixed.index("x.to(")
+
+
+def test_what_was_imported_still_is() -> None:
+    lines = "from portable_amp import clear_cache\nfrom portable_amp import ranks as here\n"
+    tree = ast.parse(fix(lines + "import torch\nx.cuda()\n"))
+    made = [alias for one in tree.body if isinstance(one, ast.ImportFrom) for alias in one.names]
+    assert sorted(one.name for one in made) == ["DeviceContext", "clear_cache", "ranks"]
+    assert {one.asname for one in made if one.name == "ranks"} == {"here"}
 
 
 def test_a_context_has_a_name_that_nobody_has() -> None:

@@ -174,7 +174,7 @@ class Rewriter:
         which = call.args[0] if call.args else keywords.get("device")
         if which is not None and not _first_card(which):
             return Fix()
-        if "non_blocking" in keywords:
+        if _does_not_wait(call):
             return self._late(match, call)
         device, context, how = self._device(match)
         end = self.source.span(call.func)[1]
@@ -197,7 +197,7 @@ class Rewriter:
             named = node.args[0] if node.args else node.keywords[0].value
         if not _first_card(named):
             return Fix()
-        late = match.call and any(one.arg == "non_blocking" for one in match.call.keywords)
+        late = match.call and _does_not_wait(match.call)
         return self._late(match, match.call) if match.call and late else self._put(match, node)
 
     def _late(self, match: Match, call: ast.Call) -> Fix:
@@ -285,6 +285,12 @@ SEEDS = ("torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_
 def _targets(statement: ast.stmt) -> set[str]:
     targets = getattr(statement, "targets", [getattr(statement, "target", None)])
     return {str(getattr(one, "id", getattr(one, "attr", ""))) for one in targets}
+
+
+def _does_not_wait(call: ast.Call) -> bool:
+    """Whether it names non_blocking, or has it by position: x.cuda(device, True)."""
+    before = {"cuda": 1, "to": 2}.get(getattr(call.func, "attr", ""), len(call.args))
+    return len(call.args) > before or any(one.arg == "non_blocking" for one in call.keywords)
 
 
 def _first_card(node: ast.expr) -> bool:

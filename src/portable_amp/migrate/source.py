@@ -33,7 +33,7 @@ class Source:
             return len(self.text)
         content = self._lines[line - 1]
         if not content.isascii():
-            column = len(content.encode()[:column].decode(errors="ignore"))
+            column = len(content.encode()[:column].decode())
         return self._starts[line - 1] + column
 
     def span(self, node: ast.expr | ast.stmt | ast.keyword | ast.alias) -> tuple[int, int]:
