@@ -44,9 +44,11 @@ def test_exit_codes(capsys: Capture) -> None:
 
 def test_comments_wave_through(capsys: Capture) -> None:
     comments = ["# noqa", "# noqa: PAM201", "# noqa: E501, PAM201", "# noqa: PAM202", "# why"]
-    Path("a.py").write_text("import torch\n" + "".join(f"x.cuda()  {one}\n" for one in comments))
-    assert main(["check", "a.py"]) == 1
-    assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == ["5", "6"]
+    for end in ("\n", "\r\n", "\r"):
+        lines = ["import torch", *(f"x.cuda()  {one}" for one in comments), ""]
+        Path("a.py").write_bytes(end.join(lines).encode())
+        assert main(["check", "a.py"]) == 1
+        assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == ["5", "6"]
 
 
 def test_settings(capsys: Capture) -> None:

@@ -259,6 +259,21 @@ def test_of_two_that_overlap_the_outer_one_is_made() -> None:
         assert fixer.apply("a = b + c", both, unsafe=False) == "OUTER + c"
 
 
+def test_two_that_touch_are_both_made() -> None:
+    first, second = finding(Edit(0, 1, "x")), finding(Edit(1, 2, "y"))
+    for both in ((first, second), (second, first)):
+        assert fixer.apply("ab", both, unsafe=False) == "xy"
+
+
+@pytest.mark.parametrize("line", ["x = 1; {}", "{}; x = 1", "{}  # here"])
+def test_of_a_line_only_the_import_goes_that_nothing_needs(line: str) -> None:
+    unused = line.format("from torch.cuda.amp import autocast")
+    fixed = fix(f"import torch\n{unused}\nwith autocast(): pass\n")
+    assert "with ctx.autocast()" in fixed
+    assert ("x = 1" in fixed) is ("x = 1" in line)
+    assert ("import autocast" in fixed) is line.startswith("x")
+
+
 def test_a_finding_is_made_whole_or_not_at_all() -> None:
     two = finding(Edit(0, 1, "z"), Edit(4, 5, "y"))
     assert (

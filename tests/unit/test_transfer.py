@@ -195,6 +195,8 @@ def test_what_containers_have_besides_their_content_is_kept() -> None:
     assert moved["encoding"].encodings == "kept"
     assert (moved["data"].name, moved["data"].length) == ("cat", 0)
     assert moved["packed"].batch_sizes.tolist() == [2, 1]
+    assert moved["packed"].sorted_indices.tolist() == [0, 1]
+    assert moved["packed"].unsorted_indices.tolist() == [0, 1]
     assert moved["sparse"].is_sparse
     thing = object()
     assert DeviceContext("cpu").to({"a": (1, 2.5, None, "s", thing)})["a"][4] is thing
@@ -641,6 +643,8 @@ def test_every_seed_of_a_worker_is_another_one_for_numpy_and_python() -> None:
     seeds = (7, 7 + 1, 7 + 64, 7 + 2**31, 2**33 - 1, 2**63 - 1 - 2**31)
     try:
         for seed in seeds:
+            random.seed(0)
+            np.random.seed(0)
             torch.manual_seed(seed)
             seed_worker(0)
             drawn.append((random.random(), np.random.rand()))

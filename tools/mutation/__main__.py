@@ -257,7 +257,10 @@ class Module:
         running = [t for t, (_, ran) in self.tests.items() if lines & set(ran.get(self.short, ()))]
         # One that starts processes covers nothing here.
         started = [t for t, (took, _) in self.tests.items() if took > 1 and self.is_own(t)]
-        order = sorted(running, key=lambda test: (-self.kills[test], self.tests[test][0]))
+        order = sorted(
+            running,
+            key=lambda test: (-self.kills[test], not self.is_own(test), self.tests[test][0]),
+        )
         chosen: list[str] = []
         budget = self.seconds
         for test in [*order, *(test for test in started if test not in running)]:
