@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,14 @@ from torch.nn import functional as F
 
 from portable_amp import DeviceContext
 from portable_amp.backends import torch_version
-from portable_amp.numerics.report import Report
+from portable_amp.numerics.judge import Distance, distances, worst
+from portable_amp.numerics.replay import Ran
+from portable_amp.numerics.report import ADVICE, Fault, Report
+from portable_amp.numerics.rounding import Rounding
+from portable_amp.numerics.verify import verify
+from portable_amp.numerics.walk import Place
 from portable_amp.testing import play
+from portable_amp.tuning import mean_square
 
 FP32 = DeviceContext("cpu", precision="fp32")
 
@@ -126,6 +133,11 @@ def test_the_model_its_gradients_and_random_states_stay() -> None:
         assert torch.equal(one, other)
 
 
+def there(x: torch.Tensor) -> bool:
+    """Not in the reference."""
+    return x.dtype not in (torch.float64, torch.complex128)
+
+
 class Faulty(nn.Module):
     """Right in float64, where the reference is; else off."""
 
@@ -135,7 +147,7 @@ class Faulty(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.inner(x)
-        return y if x.dtype is torch.float64 else self.fault(y)
+        return self.fault(y) if there(x) else y
 
 
 class Backward(torch.autograd.Function):
@@ -252,9 +264,55 @@ def report_of(model: nn.Module, batch: Any = SERIES, **options: Any) -> Report:
 
 
 def test_what_draws_at_random_and_what_is_never_called_is_told() -> None:
-    report = report_of(nn.Sequential(nn.Dropout(), nn.Linear(16, 2)))
+    report = report_of(nn.Sequential(Drawing(), nn.Linear(16, 2)))
     assert report.notes == ("0 draws at random: compared in eval mode",)
+    assert report.ok
+    report = report_of(nn.Sequential(Drawing(wrong=True), nn.Linear(16, 2)))
+    assert {one.module for one in report.faults} == {"0"}
+    assert report_of(nn.Sequential(Drawing()).eval()).notes == ()
     assert report_of(Language(), WORDS).notes == ("never called: unused",)
+
+
+class Drawing(nn.Module):
+    """Draws other numbers than the reference in training, as each device does."""
+
+    def __init__(self, wrong: bool = False) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = torch.rand(x.shape, dtype=x.dtype) < 0.5 if self.training else 1
+        return x * kept * (1.01 if self.wrong and there(x) else 1)
+
+
+class Skipping(nn.Module):
+    """Draws which layers it calls, and calls one in training alone."""
+
+    def __init__(self, alike: bool, extra: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(8)])
+        self.alike, self.extra = alike, nn.Linear(16, 16) if extra else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            drawn = torch.rand((), dtype=torch.float32 if self.alike else x.dtype)
+            if not self.training or drawn < 0.5:
+                x = layer(x)
+        return self.extra(x) if self.extra and self.training else x
+
+
+def test_what_draws_its_path_at_random_is_not_accused() -> None:
+    for model, told in (
+        (Skipping(alike=True), ""),  # the same on both, as the CPU draws it
+        (Skipping(alike=False), "the model draws at random: compared in eval mode"),
+        (
+            Skipping(alike=False, extra=True),
+            "the model draws at random: not compared, for it calls other modules in eval mode",
+        ),
+    ):
+        report = report_of(model)
+        assert report.ok, str(report)
+        assert [one for one in report.notes if "never called" not in one] == [told] * bool(told)
 
 
 def test_another_path_and_an_error_on_the_device_are_faults() -> None:
@@ -290,3 +348,500 @@ def test_what_a_dtype_cannot_hold_is_told_as_that() -> None:
         report = DeviceContext(precision="fp16").verify(nn.Sequential(Large()), 300 * SERIES)
         assert {one.kind for one in report.faults} == {"overflow"}, str(report)
         assert DeviceContext(precision="fp32").verify(nn.Sequential(Large()), 300 * SERIES).ok
+
+
+def doubles(*numbers: float) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def test_three_measures_of_how_far_a_result_is_off() -> None:
+    exact, got = doubles(3, -4), doubles(3, -3)
+    (one,) = distances(Ran({"output": exact}), Ran({"output": got}))
+    assert (one.what, one.count) == ("output", 2)
+    assert one.error == pytest.approx(1 / 5)
+    assert one.tilt == pytest.approx(4 / 25)
+    assert one.peak == pytest.approx(1 / (4 + 5 / math.sqrt(2)))
+
+
+# name -> exact, got, and what is told: the distance of each, in L2 norm.
+TOLD: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, float]]] = {
+    "missing": ({"output": doubles(1)}, {}, {"output": math.inf}),
+    "another shape": (
+        {"output": doubles(1)}, {"output": doubles(1, 1)}, {"output": math.inf},
+    ),
+    "not finite here": (
+        {"output": doubles(1)}, {"output": doubles(math.nan)}, {"output": math.inf},
+    ),
+    "not finite anywhere, and what follows": (
+        {"output": doubles(math.inf), "buffer b": doubles(1)},
+        {"output": doubles(1), "buffer b": doubles(2)},
+        {"buffer b": 1.0},
+    ),
+    "zeros": (
+        {"output 0": doubles(0, 0), "output 1": doubles(0), "output 2": doubles()},
+        {"output 0": doubles(0, 0), "output 1": doubles(1e-3), "output 2": doubles()},
+        {"output 0": 0.0, "output 1": math.inf, "output 2": 0.0},
+    ),
+    "a gradient that is small beside others": (
+        {"gradient of a": doubles(1e5), "gradient of b": doubles(1), "output": doubles(1)},
+        {"gradient of a": doubles(1e5), "gradient of b": doubles(2), "output": doubles(2)},
+        {"gradient of a": 0.0, "output": 1.0},
+    ),
+    "a gradient that is not": (
+        {"gradient of a": doubles(10), "gradient of b": doubles(1)},
+        {"gradient of a": doubles(10), "gradient of b": doubles(2)},
+        {"gradient of a": 0.0, "gradient of b": 1.0},
+    ),
+    "small gradients alone": (
+        {"gradient of a": doubles(1e-5)}, {"gradient of a": doubles(2e-5)}, {"gradient of a": 1.0},
+    ),
+    "no gradient but here": (
+        {"gradient of a": doubles(0)}, {"gradient of a": doubles(1)}, {"gradient of a": math.inf},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_everything_that_was_computed_is_compared(name: str) -> None:
+    exact, got, told = TOLD[name]
+    found = {one.what: one for one in distances(Ran(exact), Ran(got))}
+    assert {what: one.error for what, one in found.items()} == told
+    for one in found.values():
+        assert (worst(one, 0.1).beyond > 1) == (one.error > 0.1)
+
+
+@pytest.mark.parametrize(
+    ("off", "allowed"),
+    [
+        # Of the bound itself; all of it in one direction an eighth; one element 16 times.
+        (lambda far: Distance("", 0.01 * far), ("off", 0.01)),
+        (lambda far: Distance("", 0.0, 0.01 / 8 * far), ("too large or too small", 0.01 / 8)),
+        (lambda far: Distance("", 0.0, 0.0, 0.16 * far), ("off in one element", 0.16)),
+    ],
+)
+def test_what_each_measure_allows(off: Callable[[float], Distance], allowed: Any) -> None:
+    assert worst(off(0.99), 0.01).beyond == pytest.approx(0.99)
+    found = worst(off(1.01), 0.01)
+    assert found.beyond == pytest.approx(1.01)
+    assert (found.how, found.allowed) == (allowed[0], pytest.approx(allowed[1]))
+    # Six times what rounding alone does, where that is more; and never less than without.
+    noise = off(10.0)
+    assert worst(off(59), 0.01, noise).beyond == pytest.approx(59 / 60)
+    assert worst(off(61), 0.01, noise).beyond == pytest.approx(61 / 60)
+    assert worst(off(0.99), 0.01, Distance("", 0.0)).beyond == pytest.approx(0.99)
+
+
+def test_errors_in_all_directions_may_look_like_one_by_chance() -> None:
+    """Five standard deviations of the mean of so many."""
+    for count in (4, 100):
+        chance = 5 * 0.01 / math.sqrt(count)
+        for far in (0.99, 1.01):
+            tilted = Distance("", 0.01, chance + far * 0.1 / 8, 0.0, count)
+            assert worst(tilted, 0.1).beyond == pytest.approx(far)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_puts_each_result_off_by_up_to_epsilon(dtype: torch.dtype) -> None:
+    x, written = torch.linspace(1, 2, 5000, dtype=torch.float64), doubles(0)
+    with Rounding(dtype):
+        y = torch.add(x, x, alpha=2)
+    assert torch.equal(y.to(dtype).double(), y)
+    off = (y / (3 * x) - 1) / torch.finfo(dtype).eps
+    assert 0.8 < off.max() < 1.6  # where it is rounded, too
+    assert -0.8 > off.min() > -1.6
+    assert abs(off.mean()) < 0.05
+    state = torch.get_rng_state()
+    with Rounding(dtype):
+        again = torch.add(x, x, alpha=2)
+        # No result of an operation: a view, what is written into, and other dtypes.
+        others = x.view(50, 100), torch.add(x[:1], 0.1, out=written), x.argmax(), x.float()
+        sparse = x.to_sparse()
+    assert torch.equal(again, y)
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = x.view(50, 100), x[:1] + 0.1, x.argmax(), x.float()
+    for one, exact in zip(others, expected, strict=True):
+        assert torch.equal(one, exact)
+    assert sparse.is_sparse
+
+
+@pytest.mark.parametrize("kind", ADVICE)
+def test_a_fault_says_where_it_is_and_how_far_off(kind: str) -> None:
+    told = str(Fault("4.norm", "BatchNorm2d", kind, "output", "off", 0.02, 0.001))
+    assert told.startswith("4.norm (BatchNorm2d): output is 2.0e-02 off, allowed are 1.0e-03: ")
+    assert told.endswith(f": {ADVICE[kind]}.")
+    told = str(Fault("", "Net", kind, "output", "off", math.inf, 0.001))
+    no_number = kind in ("wrong", "overflow")
+    assert told.startswith(f"the model itself (Net): output{' is not finite' * no_number}: ")
+
+
+def test_a_report_has_a_verdict_a_line_for_each_fault_and_notes() -> None:
+    right = Report("cpu", "bf16", (), 7, 0.25, ("never called: a",))
+    assert right.ok
+    first, note = str(right).splitlines()
+    assert first.startswith("cpu computes this model right in bf16: 7 calls of modules")
+    assert first.endswith("25% of its bound.")
+    assert note == "- note: never called: a"
+    fault = Fault("0", "Linear", "wrong", "output", "off", 1.0, 0.1)
+    wrong = Report("cpu", "bf16", (fault, fault), 7, 0.25, ())
+    assert not wrong.ok
+    first, *rest = str(wrong).splitlines()
+    assert first.endswith("in bf16: 1 modules are off, of 7 calls of modules.")
+    assert rest == [f"- {fault}"] * 2
+
+
+class Outer(nn.Module):
+    """Makes something of what a linear layer returns."""
+
+    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner, self.make = nn.Linear(16, 4), make
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.make(self.inner(x))
+
+
+def live(precision: str, model: nn.Module, batch: Any = SERIES, **options: Any) -> Report:
+    with play("h100", live=True):
+        return DeviceContext(precision=precision).verify(model, batch, **options)
+
+
+def test_what_is_inside_answers_in_the_dtype_that_it_returns_there() -> None:
+    right = Outer(lambda y: y * 1.5 if y.dtype is torch.float32 else y)
+    assert live("bf16", right).ok, "it never sees fp32"
+    wrong = Outer(lambda y: y * 1.5 if y.dtype is torch.bfloat16 else y)
+    assert {one.module for one in live("bf16", wrong).faults} == {""}
+
+
+class Weighing(nn.Module):
+    """Its first input has no gradient; that of the second has few zeros as its last digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = torch.linspace(1, 2, 15)
+        self.register_buffer("weights", torch.cat([weights, 1e-3 - weights.sum(0, keepdim=True)]))
+
+    def forward(self, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weights * (mask.detach() < 9)
+
+
+class Cancelling(nn.Module):
+    """The gradient of its weight is a sum that nearly cancels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.ones(1, 1)), Weighing()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x[0, 0], (torch.ones_like(x[0, :1]).T @ self.weight)[:, 0])
+
+
+def test_a_gradient_has_the_dtype_of_its_own_input() -> None:
+    report = live("bf16", Cancelling(), loss=lambda model, batch: model(batch).sum())
+    assert report.ok, str(report)
+
+
+class Spectral(nn.Module):
+    """Complex weights, inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = Faulty(Mixing(), lambda y: y)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.fft.irfft(self.mix(torch.fft.rfft(x))))
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 9, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def test_complex_numbers_are_compared_in_both_parts() -> None:
+    model = Spectral()
+    assert report_of(model).ok
+    for fault in (lambda y: y.real + 1.001j * y.imag, lambda y: 1.001 * y.real + 1j * y.imag):
+        model.mix.fault = fault
+        assert {one.module for one in report_of(model).faults} == {"mix"}
+
+
+class Counting(nn.Module):
+    """Counts in a tensor that it is given."""
+
+    def forward(self, x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        steps += 1
+        return x * steps
+
+
+def test_what_a_module_writes_into_its_inputs_is_not_there_in_the_next_replay() -> None:
+    batch = SERIES, torch.tensor(1)
+    report = report_of(Counting(), batch, loss=lambda model, given: model(*given).square().mean())
+    assert report.ok
+    assert report.notes == ()
+    assert batch[1] == 1
+
+
+class Many(nn.Module):
+    """Takes its inputs by place and by keyword, and returns all kinds of things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, *, y: torch.Tensor, at: torch.Tensor) -> Any:
+        return {"a": self.linear(x) * y, "rest": (at, None, [3, x + y])}
+
+
+class Calling(nn.Module):
+    """Calls another module somehow, on the device perhaps in another way."""
+
+    def __init__(self, otherwise: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.inner, self.other = Many(), Many()
+        self.otherwise = otherwise or self.plainly
+
+    @staticmethod
+    def plainly(model: Calling, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        found = model.inner(x, y=x, at=at)
+        return found["a"] + 2 * found["rest"][2][1] * (found["rest"][0] + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        call = self.otherwise if there(x) else self.plainly
+        return call(self, x, torch.zeros(1, dtype=torch.int64, device=x.device))
+
+
+def with_gradient(which: int) -> Callable[..., Any]:
+    """One of the two outputs of the inner module gets another gradient."""
+
+    def call(model: Calling, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        found = model.inner(x, y=x, at=at)
+        outputs = [found["a"], found["rest"][2][1]]
+        outputs[which] = backward(lambda g: g * 1.001)(outputs[which])
+        return outputs[0] + 2 * outputs[1]
+
+    return call
+
+
+WAYS: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "once more": (
+        lambda model, x, at: model.plainly(model, x, at) + model.inner(x, y=x, at=at)["a"],
+        "path", "calls inner where the reference does not",
+    ),
+    "another module": (
+        lambda model, x, at: model.other(x, y=x, at=at)["a"], "path", "does not call inner",
+    ),
+    "by place": (
+        lambda model, x, at: model.inner(x * 1.001, y=x, at=at)["a"],
+        "wrong", "input 0 of inner, call 0",
+    ),
+    "by keyword": (
+        lambda model, x, at: model.inner(x, y=x * 1.001, at=at)["a"],
+        "wrong", "input 1 of inner, call 0",
+    ),
+    "no float": (
+        lambda model, x, at: model.inner(x, y=x, at=at + 1)["a"],
+        "wrong", "input 2 of inner, call 0",
+    ),
+    "another shape by place": (
+        lambda model, x, at: model.inner(x[:1], y=x, at=at)["a"],
+        "path", "gives inner other shapes than in the reference",
+    ),
+    "another shape by keyword": (
+        lambda model, x, at: model.inner(x, y=x[:1], at=at)["a"],
+        "path", "gives inner other shapes than in the reference",
+    ),
+    "a gradient": (with_gradient(0), "wrong", "gradient at output 0 of inner, call 0"),
+    "the gradient behind it": (with_gradient(1), "wrong", "gradient at output 1 of inner, call 0"),
+}  # fmt: skip
+
+
+def test_what_is_called_alike_is_not_accused() -> None:
+    for precision in ("fp32", "bf16"):
+        report = live(precision, Calling())
+        assert report.ok, str(report)
+        assert report.modules == 3  # itself, the inner one, and that one's layer
+        assert report.notes == ("never called: other.linear",)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_module_that_calls_another_otherwise_is_named(way: str) -> None:
+    otherwise, kind, what = WAYS[way]
+    report = report_of(Calling(otherwise))
+    assert {(one.module, one.kind) for one in report.faults} == {("", kind)}, str(report)
+    assert what in {one.what for one in report.faults}
+
+
+class Own(nn.Module):
+    """A weight of its own, and nothing inside."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.weight, self.call = nn.Parameter(torch.randn(16)), call
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.call(x, self.weight) if there(x) else x * self.weight
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda x, w: x * w * 1.001, {"output", "gradient of input 0", "gradient of weight"}),
+        (lambda x, w: backward(lambda g: g * 1.001)(x) * w, {"gradient of input 0"}),
+        (lambda x, w: x * backward(lambda g: g * 1.001)(w), {"gradient of weight"}),
+        (lambda x, w: x.detach() * w, {"gradient of input 0"}),
+        (lambda x, w: (x * w, x), {"output"}),
+    ],
+)
+def test_a_fault_is_told_by_what_it_makes_wrong(call: Callable[..., Any], what: set[str]) -> None:
+    for repeats in (1, 3):
+        faults = report_of(nn.Sequential(Own(call)), repeats=repeats).faults
+        assert {one.what for one in faults} == what
+        assert len(faults) == len(what), "each once"
+        assert {(one.module, one.type, one.kind) for one in faults} == {("0", "Own", "wrong")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_each_precision_has_its_bound(precision: Any) -> None:
+    for fault, ok in ((1.0, True), (1.1, False)):
+        model = nn.Sequential(Faulty(nn.Linear(16, 4), lambda y, fault=fault: y * fault))
+        report = live(precision, model, repeats=1)
+        assert report.ok is ok, str(report)
+        assert 0 < report.worst <= 1
+
+
+def test_the_bound_is_one_and_the_worst_below_it_is_told() -> None:
+    """An eighth of 4e-6 for all of it; what is multiplied by 1 + n 2**-23 is exactly so far off."""
+    many = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+
+    def scaled(*ulps: int) -> Report:
+        factors = [1 + n * 2.0**-23 for n in ulps]
+        rows = [Own(lambda x, w, f=f: x * w * f) for f in factors]
+        for row in rows:
+            nn.init.ones_(row.weight)
+        return report_of(nn.Sequential(*rows), many.view(-1, 16), repeats=1)
+
+    report = scaled(0)
+    assert (report.ok, report.modules) == (True, 2)
+    assert report.worst < 0.1
+    report = scaled(3, 0, 2)
+    assert report.ok
+    assert report.worst == pytest.approx(3 * 2.0**-23 / 5e-7, rel=0.1)
+    assert report_of(nn.Identity(), many).worst == 0.0
+    report = scaled(3, 6)
+    assert {one.module for one in report.faults} == {"1"}
+    assert report.worst == pytest.approx(3 * 2.0**-23 / 5e-7, rel=0.1)
+    assert report.modules == 3
+
+
+class Cancels(nn.Module):
+    """What no device computes well in fp32; and something else that may be wrong."""
+
+    def __init__(self, factor: float = 1.0, other: float = 1.0) -> None:
+        super().__init__()
+        self.factor, self.other = factor, other
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x + 1e4 - 1e4
+        return (y * self.factor, x * self.other) if there(x) else (y, x)
+
+
+def test_what_rounding_alone_does_is_not_accused() -> None:
+    assert report_of(Cancels()).ok
+    assert {one.what for one in report_of(Cancels(other=1.01)).faults} == {
+        "output 1", "gradient of input 0",
+    }  # fmt: skip
+    (fault, *_) = report_of(Cancels(factor=2.0)).faults
+    assert (fault.what, fault.kind) == ("output 0", "wrong")
+    assert 1e-4 < fault.allowed < 0.1
+
+
+def test_what_is_written_into_an_input_is_there_for_what_follows() -> None:
+    class Filling(nn.Module):
+        def forward(self, x: torch.Tensor) -> None:
+            x += 1
+
+    class Filled(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.fill, self.factor = Filling(), factor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scale = torch.zeros_like(x)
+            self.fill(scale)
+            return x * scale * (self.factor if there(x) else 1)
+
+    assert report_of(Filled(1.0)).ok
+    assert {one.module for one in report_of(Filled(1.01)).faults} == {""}
+
+
+def test_an_activation_that_works_in_place_is_named_alone() -> None:
+    model = Residual()
+    nn.init.ones_(model.gamma)
+    model.act = Faulty(model.act, lambda y: y * 1.001)
+    assert {one.module for one in report_of(model, IMAGES[:, :1].expand(-1, 4, -1, -1)).faults} == {
+        "act"
+    }
+
+
+def test_the_reference_knows_nothing_of_the_autocast_around_it() -> None:
+    model = Outer(lambda y: y * 2 if torch.is_autocast_enabled("cpu") else y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert report_of(model).ok
+    with torch.inference_mode():
+        faults = report_of(Faulty(nn.Linear(16, 4), backward(lambda g: g * 1.001))).faults
+    assert {one.module for one in faults} == {""}
+
+
+LOSSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "small": lambda y: 1e-9 * y.sum(),
+    "none": lambda y: y.detach().sum(),
+    "zero": lambda y: 0 * y.sum(),
+    "infinite": lambda y: math.inf * y.sum(),
+    "not a number": lambda y: (0 * y).sqrt().sum(),
+    "of some": lambda y: y[0].square().mean(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_are_compared_whatever_the_loss(loss: str) -> None:
+    for fault, found in ((lambda g: g, set()), (lambda g: g * 1.1, {"0"})):
+        model = nn.Sequential(Faulty(nn.Linear(16, 4), backward(fault)), nn.Linear(4, 4))
+        report = live("fp16", model, loss=lambda model, batch: LOSSES[loss](model(batch)))
+        assert {one.module for one in report.faults} == found, str(report)
+
+
+def test_modules_are_given_the_gradient_that_the_loss_makes() -> None:
+    def wrong_if_even(g: torch.Tensor) -> torch.Tensor:
+        return g * (1.1 if g.min() == g.max() else 1)
+
+    model = nn.Sequential(Faulty(nn.Linear(16, 4), backward(wrong_if_even)))
+    assert report_of(model).ok
+    assert not report_of(model, loss=lambda model, batch: model(batch).mean()).ok
+
+
+def test_a_verdict_does_not_depend_on_the_random_state() -> None:
+    model, reports = nn.Sequential(nn.Linear(16, 4), Drawing()), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        reports.append(report_of(model, loss=lambda model, batch: model(batch).detach().sum()))
+    assert reports[0] == reports[1]
+
+
+def test_images_lie_as_the_plan_says() -> None:
+    def wrong_if_last(y: torch.Tensor) -> torch.Tensor:
+        return y * (1.1 if y.is_contiguous(memory_format=torch.channels_last) else 1)
+
+    model = nn.Sequential(Faulty(nn.ReLU(), wrong_if_last))
+    for shape, layout, ok in (
+        ((2, 3, 4, 4), torch.channels_last, False),
+        ((2, 3, 4, 4), torch.contiguous_format, True),
+        ((2, 3, 4), torch.channels_last, True),
+        ((2, 3, 4, 4, 4), torch.channels_last, True),
+    ):
+        place = Place(FP32.device, FP32.autocast, torch.float32, layout, 1)
+        given = {"loss": mean_square, "move": FP32._moved, "plan": "fp32"}
+        assert verify(model, torch.randn(shape), place, **given).ok is ok

@@ -8,6 +8,8 @@ import pytest
 from portable_amp import choose, memory_stats, ranks
 from portable_amp.backends import BACKENDS
 from portable_amp.launchers import LAUNCHERS
+from portable_amp.numerics.judge import Distance, Measure
+from portable_amp.numerics.report import Fault, Report
 from portable_amp.testing.machines import MACHINES
 from portable_amp.testing.play import Call, Quirks
 from portable_amp.traps import TRAPS
@@ -16,6 +18,8 @@ A100 = next(row for row in MACHINES if row.key == "a100")
 RECORDS = (
     A100, A100.hardware, A100.capabilities, choose("auto", A100.capabilities), BACKENDS[0],
     LAUNCHERS[0], TRAPS[0], Call("copy"), Quirks(), ranks(), memory_stats("cpu"),
+    Distance("output", 0.0), Measure("off", 0.0, 1.0), Report("cpu", "fp32", (), 0, 0.0, ()),
+    Fault("", "Net", "wrong", "output", "off", 1.0, 0.1),
 )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ OWN = {
     "launchers": ["tests/unit/test_distributed.py"],
     "nested": ["tests/unit/test_transfer.py"],
     "doctor": ["tests/unit/test_cli.py"],
+    "numerics": ["tests/unit/test_numerics.py"],
     "plan_cache": ["tests/unit/test_tuning.py"],
     "portable_amp_pytest": ["tests/unit/test_pytest_plugin.py"],
     "numerics": ["tests/unit/test_numerics.py"],

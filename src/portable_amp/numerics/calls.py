@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,10 @@ class Call:
     """The module's, in the model; "" is the model itself."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Any = None
-    gradients: list[torch.Tensor | None] = field(default_factory=list)
+    output: Any
+    gradients: list[torch.Tensor | None]
     """That reached each float tensor of the output; None where none did."""
-    written: bool = False
+    written: bool
     """It wrote into a tensor that it was given."""
 
 
@@ -82,7 +82,7 @@ class Recorder:
         """Call it, and keep what went in and out."""
         if self.inside:
             return module._call_impl(*args, **kwargs)
-        call = Call(name, copied(args), copied(kwargs))
+        before = copied(args), copied(kwargs)
         given = [*tensors_in((args, kwargs))]
         versions = [one._version for one in given]
         self.inside = True
@@ -90,14 +90,13 @@ class Recorder:
             output = module._call_impl(*args, **kwargs)
         finally:
             self.inside = False
-        call.written = versions != [one._version for one in given]
-        call.output = copied(output)
         found = floats(output)
-        call.gradients = [None] * len(found)
+        gradients: list[torch.Tensor | None] = [None] * len(found)
         for at, one in enumerate(found):
             if one.requires_grad:
-                one.register_hook(_keeping(call.gradients, at))
-        self.calls.append(call)
+                one.register_hook(_keeping(gradients, at))
+        written = versions != [one._version for one in given]
+        self.calls.append(Call(name, *before, copied(output), gradients, written))
         return output
 
 

@@ -45,12 +45,12 @@ class Distance:
     def measures(self, bound: float, noise: Distance | None = None) -> list[Measure]:
         """Each measure and what is allowed, or what rounding alone made of it, if that is more."""
         made = noise or Distance("", 0.0)
-        chance = 5 * self.error / math.sqrt(self.count) if self.tilt else 0.0
+        chance = 5 * self.error / math.sqrt(self.count)
         return [
             Measure("off", self.error, max(bound, SLACK * made.error)),
             Measure(
                 "too large or too small",
-                max(self.tilt - chance, 0.0),
+                self.tilt - chance,
                 max(TILT * bound, SLACK * made.tilt),
             ),
             Measure("off in one element", self.peak, max(PEAK * bound, SLACK * made.peak)),
@@ -68,7 +68,7 @@ class Measure:
     @property
     def beyond(self) -> float:
         """How many times as much as is allowed."""
-        return self.found / self.allowed if self.found else 0.0
+        return self.found / self.allowed
 
 
 def worst(distance: Distance, bound: float, noise: Distance | None = None) -> Measure:
@@ -79,7 +79,7 @@ def worst(distance: Distance, bound: float, noise: Distance | None = None) -> Me
 def distances(exact: Ran, got: Ran) -> Iterator[Distance]:
     """Of everything that was computed."""
     norms = {what: float(one.norm()) for what, one in exact.found.items()}
-    largest = max((n for what, n in norms.items() if is_backward(what)), default=0.0)
+    largest = max([0.0, *(norm for what, norm in norms.items() if is_backward(what))])
     for what, one in exact.found.items():
         other = got.found.get(what)
         if other is None or other.shape != one.shape:
@@ -88,7 +88,7 @@ def distances(exact: Ran, got: Ran) -> Iterator[Distance]:
             continue
         elif not bool(other.isfinite().all()):
             yield Distance(what, math.inf)
-        elif not is_backward(what) or norms[what] > NEGLIGIBLE * largest:
+        elif not is_backward(what) or norms[what] >= NEGLIGIBLE * largest:
             yield _distance(what, one, other, norms[what])
 
 
@@ -99,8 +99,7 @@ def is_backward(what: str) -> bool:
 
 def _distance(what: str, exact: torch.Tensor, got: torch.Tensor, norm: float) -> Distance:
     if not norm:
-        size = float(got.abs().max()) if got.numel() else 0.0
-        return Distance(what, math.inf if size > 1e-6 else 0.0)
+        return Distance(what, math.inf if bool((got.abs() > 1e-6).any()) else 0.0)
     scale = norm / math.sqrt(exact.numel())
     error = float((got - exact).norm()) / norm
     tilt = abs(float(((got - exact) * exact).sum())) / norm**2

@@ -14,6 +14,9 @@ from portable_amp.memory import keep_buffers
 from portable_amp.nested import map_tensors, tensors_in
 from portable_amp.numerics.calls import Call, answered, floats, is_float, named_calls
 
+Put = Callable[[torch.Tensor], torch.Tensor]
+"""To where a module runs, in the dtype that is computed in there."""
+
 
 class OtherPathError(Exception):
     """The module called others than in the reference, or with other shapes."""
@@ -24,7 +27,6 @@ class Answer:
     """What a module inside answers: the reference's output, and the gradients of its inputs."""
 
     call: Call
-    output: Any
     gradients: list[torch.Tensor | None]
 
 
@@ -42,7 +44,7 @@ def run(
     call: Call,
     answers: list[Answer],
     gradients: list[torch.Tensor],
-    place: Callable[[Any], Any],
+    put: Put,
     region: Callable[[], AbstractContextManager[Any]],
     *,
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -51,11 +53,11 @@ def run(
     ran = Ran()
     inner = named_calls(module, call.name)
     leaves: list[torch.Tensor] = []
-    given = map_tensors(lambda one: _leaf(one, leaves), place((call.args, call.kwargs)))
-    script = _Script(answers, place, ran)
+    given = map_tensors(lambda one: _leaf(put(one), leaves), (call.args, call.kwargs))
+    script = _Script(answers, put, ran)
     with restored(module), around():
-        module.zero_grad(set_to_none=True)
-        args, kwargs = map_tensors(lambda one: one.clone() if one.requires_grad else one, given)
+        module.zero_grad()
+        args, kwargs = map_tensors(torch.Tensor.clone, given)  # it may write into them
         with region(), answered({n: m for n, m in inner.items() if n in script.names}, script):
             output = module(*args, **kwargs)
         script.finish()
@@ -68,18 +70,15 @@ def run(
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         for what, one in script.incoming.items():
             ran.found[what] = _plain(one)
-        ran.inputs = [None if one.grad is None else _plain(one.grad) for one in leaves]
+        ran.inputs = [one.grad for one in leaves]
         for at, gradient in enumerate(ran.inputs):
             if gradient is not None:
-                ran.found[f"gradient of input {at}"] = gradient
+                ran.found[f"gradient of input {at}"] = _plain(gradient)
         for name, one in module.named_parameters():
             if one.grad is not None:
                 ran.found[f"gradient of {name}"] = _plain(one.grad)
         for name, one in module.named_buffers():
-            full = f"{call.name}.{name}" if call.name else name
-            if not any(full.startswith(f"{inside}.") for inside in script.names):
-                ran.found[f"buffer {name}"] = _plain(one)
-        module.zero_grad(set_to_none=True)
+            ran.found[f"buffer {name}"] = _plain(one)
     return ran
 
 
@@ -119,8 +118,8 @@ def restored(module: torch.nn.Module) -> Iterator[None]:
 class _Script:
     """Gives the answers in their order."""
 
-    def __init__(self, answers: list[Answer], place: Callable[[Any], Any], ran: Ran) -> None:
-        self.answers, self.place, self.ran = answers, place, ran
+    def __init__(self, answers: list[Answer], put: Put, ran: Ran) -> None:
+        self.answers, self.put, self.ran = answers, put, ran
         self.names = {answer.call.name for answer in answers}
         self.incoming: dict[str, torch.Tensor] = {}
         """The gradients that reach the answers."""
@@ -137,20 +136,17 @@ class _Script:
             raise OtherPathError(f"gives {name} other shapes than in the reference")
         for at, one in enumerate(given):
             self.ran.found[f"input {at} of {name}, call {number}"] = _plain(one)
-        output = self.place(answer.output)
+        output = map_tensors(self.put, answer.call.output)
         outs = floats(output)
-        if not outs:
-            return output
         inputs = floats((args, kwargs))
         gradients = [None if g is None else _like(g, i) for i, g in zip(inputs, answer.gradients)]  # noqa: B905
 
-        def note(incoming: tuple[torch.Tensor | None, ...]) -> None:
+        def note(incoming: tuple[torch.Tensor, ...]) -> None:
             for at, one in enumerate(incoming):
-                if one is not None:
-                    what = f"gradient at output {at} of {name}, call {number}"
-                    self.incoming[what] = one.detach().clone()
+                what = f"gradient at output {at} of {name}, call {number}"
+                self.incoming[what] = one.detach().clone()
 
-        anchor = torch.zeros((), device=outs[0].device, requires_grad=True)
+        anchor = torch.zeros((), requires_grad=True)  # or it has no backward, where no input has
         made = iter(_Answered.apply(outs, gradients, note, anchor, *inputs))
         return map_tensors(lambda one: next(made) if is_float(one) else one, output)
 
@@ -168,7 +164,6 @@ class _Answered(torch.autograd.Function):
         ctx: Any, outputs: Any, gradients: Any, note: Any, anchor: Any, *inputs: Any
     ) -> Any:
         ctx.gradients, ctx.note = gradients, note
-        ctx.set_materialize_grads(False)
         return tuple(one.clone() for one in outputs)
 
     @staticmethod

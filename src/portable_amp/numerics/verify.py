@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from portable_amp.autocast import maybe_autocast
 from portable_amp.nested import map_tensors
-from portable_amp.numerics.calls import Recorder, answered
+from portable_amp.numerics.calls import Recorder, answered, copied
 from portable_amp.numerics.replay import restored
 from portable_amp.numerics.report import Report
-from portable_amp.numerics.walk import Place, Walk, dtypes_on_device, exactly
+from portable_amp.numerics.walk import Place, Walk, dtypes_on_device, widened
 from portable_amp.rng import rng_state, set_rng_state
 from portable_amp.tuning import LAYOUT_NAMES, copier
 
@@ -28,7 +30,9 @@ def verify(
     """
     state = rng_state()
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as regions:
+            for kind in {"cpu", place.device.type}:  # of the reference, and of backward passes
+                regions.enter_context(maybe_autocast(kind, enabled=False))
             return _verify(model, batch, place, loss=loss, move=move, plan=plan)
     finally:
         set_rng_state(state)
@@ -38,18 +42,20 @@ def _verify(
     model: torch.nn.Module, batch: Any, place: Place, *, loss: Loss, move: Move, plan: str
 ) -> Report:
     reference, wide = copier(model, batch, lambda value, _: value)("contiguous")
-    reference = _out_of_place(reference).cpu().double()
-    wide = map_tensors(_wide, wide)
+    reference = _out_of_place(reference).cpu()
+    for one in (*reference.parameters(), *reference.buffers()):
+        one.data = widened(one.data)
+    wide = map_tensors(lambda one: widened(one.cpu()), copied(wide))
     there, mine = copier(model, batch, move)(LAYOUT_NAMES[place.layout])
     _out_of_place(there)
 
     def on_device() -> None:
         with place.region():
-            loss(there, mine)
+            loss(there, copied(mine))
 
     seen = dtypes_on_device(there, on_device)
     recorder = Recorder()
-    with answered({"": reference}, recorder), restored(reference), exactly():
+    with answered({"": reference}, recorder), restored(reference):
         total = loss(reference, wide)
         if total.requires_grad:
             total.backward()
@@ -64,14 +70,9 @@ def _verify(
     return Report(str(place.device), plan, tuple(walk.faults), walk.modules, walk.worst, notes)
 
 
-def _wide(one: torch.Tensor) -> torch.Tensor:
-    one = one.detach().cpu()
-    return one.double() if one.is_floating_point() else one
-
-
 def _out_of_place(model: torch.nn.Module) -> torch.nn.Module:
     """ReLU and its like overwrite what they are given: here they do not."""
     for module in model.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
+        if vars(module).get("inplace") is True:
+            vars(module)["inplace"] = False
     return model

@@ -37,6 +37,11 @@ class Place:
     """Of images."""
     repeats: int
 
+    def put(self, one: torch.Tensor) -> torch.Tensor:
+        """A tensor as it is, there."""
+        one = one.to(self.device)
+        return one.contiguous(memory_format=self.layout) if one.dim() == 4 else one
+
 
 @dataclass
 class _Task:
@@ -46,27 +51,25 @@ class _Task:
     call: Call
     answers: list[Answer]
     gradients: list[torch.Tensor]
-    given: list[torch.dtype]
     random: bool = False
 
     def on_cpu(self, around: Region = contextlib.nullcontext, seed: int = 0) -> Ran:
         """The reference."""
-        torch.default_generator.manual_seed(seed)
-        put = placing(self.given, torch.device("cpu"), wide=True)
-        return self._run(self.module, put, exactly, around)
+        return self._run(self.module, widened, contextlib.nullcontext, around, seed)
 
     def on(self, place: Place, there: torch.nn.Module) -> Ran:
         """On the device."""
-        put = placing(self.given, place.device, layout=place.layout)
-        return self._run(there, put, place.region)
+        return self._run(there, place.put, place.region)
 
     def _run(
         self,
         module: torch.nn.Module,
-        put: Callable[[Any], Any],
+        put: Callable[[torch.Tensor], torch.Tensor],
         region: Region,
         around: Region = contextlib.nullcontext,
+        seed: int = 0,
     ) -> Ran:
+        torch.default_generator.manual_seed(seed)
         with _evaluating(module) if self.random else contextlib.nullcontext():
             return run(module, self.call, self.answers, self.gradients, put, region, around=around)
 
@@ -89,7 +92,9 @@ class Walk:
     def visit(self, module: torch.nn.Module, call: Call) -> Answer:
         """Compare what is inside, then the module itself with all inside answered."""
         given, returned = next(self.seen.get(call.name, iter(())), ([], []))
-        task = _Task(module, call, [], [*self._gradients(call, returned)], given)
+        call.args, call.kwargs = rounded((call.args, call.kwargs), given)
+        call.output = rounded(call.output, returned)
+        task = _Task(module, call, [], [*self._gradients(call)])
         inner = named_calls(module, call.name)
         recorder = Recorder()
         if inner:
@@ -102,8 +107,15 @@ class Walk:
         self.modules += 1
         if not self._compared(task, exact):
             task.random = True
-            self._compared(task, task.on_cpu())
-        return Answer(call, rounded(call.output, returned), rounded(exact.inputs, given))
+            how = "compared in eval mode"
+            try:
+                self._compared(task, task.on_cpu())
+            except OtherPathError:
+                how = "not compared, for it calls other modules in eval mode"
+            self.notes.append(f"{call.name or 'the model'} draws at random: {how}")
+        pairs = zip(exact.inputs, floats((call.args, call.kwargs)))  # noqa: B905
+        gradients = [None if back is None else back.to(one.dtype) for back, one in pairs]
+        return Answer(call, gradients)
 
     def _compared(self, task: _Task, exact: Ran) -> bool:
         """Whether that was possible; not where the module draws at random."""
@@ -115,6 +127,8 @@ class Walk:
                 for one in distances(exact, task.on(self.place, self.there[task.call.name]))
             ]
         except OtherPathError as error:
+            if not task.random and self._draws(task, exact):
+                return False
             self._fault(task, "path", Distance(str(error), math.inf), bound)
             return True
         except Exception as error:
@@ -134,12 +148,14 @@ class Walk:
         return True
 
     def _draws(self, task: _Task, exact: Ran) -> bool:
-        """Whether the module draws at random."""
-        again = task.on_cpu(seed=1)
-        if all(torch.equal(one, again.found[what]) for what, one in exact.found.items()):
-            return False
-        self.notes.append(f"{task.call.name or 'the model'} draws at random: compared in eval mode")
-        return True
+        """Whether the module draws at random, be it which others it calls."""
+        try:
+            again = task.on_cpu(seed=1).found
+        except OtherPathError:
+            again = {}
+        return again.keys() != exact.found.keys() or not all(
+            torch.equal(one, again[what]) for what, one in exact.found.items()
+        )
 
     def _judge(self, task: _Task, exact: Ran, off: list[Distance], bound: float) -> None:
         """Tell what is wrong from what this dtype does to this module on every device."""
@@ -148,7 +164,7 @@ class Walk:
         made = {one.what: one for one in distances(exact, noisy)}
         told: set[str] = set()  # once, however often it is repeated
         for one in off:
-            noise = made.get(one.what, one)
+            noise = made[one.what]
             finite = not math.isinf(one.error)
             if one.what in told or (finite and worst(one, bound, noise).beyond <= 1):
                 continue
@@ -164,20 +180,19 @@ class Walk:
         row = Fault(name, type_name, kind, one.what, most.how, most.found, most.allowed)
         self.faults.append(row)
 
-    def _gradients(self, call: Call, dtypes: list[torch.dtype]) -> Iterator[torch.Tensor]:
+    def _gradients(self, call: Call) -> Iterator[torch.Tensor]:
         """Those that reached the output, with a root mean square of 1; where none did, noise.
 
         Rounded to the dtypes that they have on the device.
         """
-        rest = iter(dtypes)
         for at, one in enumerate(floats(call.output)):
             found = call.gradients[at]
             norm = 0.0 if found is None else float(found.norm())
             if found is None or not 0 < norm < math.inf:
-                found = torch.randn(one.shape, generator=self.noise, dtype=torch.float64)
+                found = torch.randn(one.shape, generator=self.noise, dtype=one.dtype)
             else:
                 found = found * (math.sqrt(found.numel()) / norm)
-            yield found.to(next(rest, torch.float32))
+            yield found.to(one.dtype)
 
 
 @contextlib.contextmanager
@@ -189,42 +204,22 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
         module.training = mode
 
 
-def exactly() -> AbstractContextManager[Any]:
-    """The reference is computed without autocast, whatever surrounds the call."""
-    return torch.autocast("cpu", enabled=False)
+def widened(one: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, or complex128."""
+    return one.to(torch.promote_types(one.dtype, torch.float64)) if is_float(one) else one
 
 
-def placing(
-    dtypes: list[torch.dtype],
-    device: torch.device,
-    *,
-    wide: bool = False,
-    layout: torch.memory_format | None = None,
-) -> Callable[[Any], Any]:
-    """What puts tensors on a device, in dtypes for the first floats and fp32 for the rest.
-
-    wide: rounded to that dtype, and then in float64.
-    """
+def rounded(value: Any, dtypes: list[torch.dtype]) -> Any:
+    """The same with its floats in these dtypes, and in fp32 where there are none left."""
     rest = iter(dtypes)
 
     def put(one: torch.Tensor) -> torch.Tensor:
         if not is_float(one):
-            return one.to(device)
+            return one
         dtype = next(rest, torch.float32)
-        one = one.to(torch.complex64 if one.is_complex() else dtype)
-        if wide:
-            return one.to(torch.complex128 if one.is_complex() else torch.float64)
-        one = one.to(device)
-        if layout is not None and one.dim() == 4:
-            one = one.contiguous(memory_format=layout)
-        return one
+        return one.to(torch.complex64 if one.is_complex() else dtype)
 
-    return lambda value: map_tensors(put, value)
-
-
-def rounded(value: Any, dtypes: list[torch.dtype]) -> Any:
-    """In the dtypes that it has on the device."""
-    return placing(dtypes, torch.device("cpu"))(value)
+    return map_tensors(put, value)
 
 
 def dtypes_on_device(
@@ -241,14 +236,8 @@ def dtypes_on_device(
 
         return note
 
-    handles = [
-        module.register_forward_hook(noting(name), with_kwargs=True)
-        for name, module in model.named_modules()
-    ]
-    try:
-        with torch.no_grad(), restored(model):
-            call()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, torch.no_grad(), restored(model):
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(noting(name), with_kwargs=True))
+        call()
     return {name: iter(calls) for name, calls in found.items()}
