@@ -183,7 +183,8 @@ class DeviceContext:
             kept = recall(key) if cache else None
             if kept:
                 return kept
-            with torch.inference_mode(False):  # whatever surrounds the call
+            # Whatever surrounds the call; a backward pass is not to run in a region.
+            with torch.inference_mode(False), self.autocast(enabled=False):
                 plan = tune(
                     model, batch, self.device, can,
                     loss=loss, budget_s=budget_s, dtype=dtype, compiled=compile,

@@ -1269,10 +1269,13 @@ def test_what_surrounds_the_call_makes_no_odds() -> None:
         line.split(":")[0] for line in context().tuned(model, batch, cache=False).plan.evidence
     ]
     seen: list[bool] = []
+    backward: list[bool] = []
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         seen.append(torch.is_autocast_enabled("cpu"))
-        return mean_square(model, batch)
+        found = mean_square(model, batch)
+        found.register_hook(lambda _: backward.append(torch.is_autocast_enabled("cpu")))
+        return found
 
     for around in (
         torch.inference_mode, torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16),
@@ -1286,6 +1289,7 @@ def test_what_surrounds_the_call_makes_no_odds() -> None:
         assert [line.split(":")[0] for line in plan.evidence] == alone
         assert all(" ms" in line for line in plan.evidence)
         assert set(seen) == {False, True}
+    assert set(backward) == {False}
 
 
 def test_a_compiled_model_is_measured_as_it_was() -> None:
