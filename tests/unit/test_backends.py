@@ -331,7 +331,8 @@ def test_each_text_is_there_for_something() -> None:
 def test_rows_agree_with_torch(row: backends.Backend) -> None:
     """What torch has for a kind of device, its row knows."""
     own = getattr(torch, row.device_type, torch)
-    for name in ("get_rng_state", "set_rng_state"):
+    names = ("empty_cache", "get_rng_state", "set_rng_state", "set_device", "synchronize")
+    for name in names:
         if row is not backends.CPU and hasattr(own, name):
             assert backends.torch_function(getattr(row, name)) is getattr(own, name)
     ways = torch.distributed.Backend.default_device_backend_map

@@ -49,7 +49,7 @@ def run(
     *,
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Ran:
-    """Forward in the region, and backward with these gradients; the module is left as it was."""
+    """Forward in the region, and backward with these gradients; buffers are left as they were."""
     ran = Ran()
     inner = named_calls(module, call.name)
     leaves: list[torch.Tensor] = []
