@@ -302,6 +302,31 @@ class Skipping(nn.Module):
         return self.extra(x) if self.extra and self.training else x
 
 
+class Routing(nn.Module):
+    """Calls the second of two layers, but the first where scores have fewer digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(16, 2)
+        self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        nn.init.zeros_(self.scores.weight)
+        self.scores.bias = nn.Parameter(torch.tensor([1.0, 1.001]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.scores(x)[0, 0]
+        return self.layers[int(second > first)](x)  # type: ignore[no-any-return]
+
+
+def test_what_takes_another_path_for_rounding_is_told_and_not_accused() -> None:
+    told = "0 is not compared: rounding changes which modules it calls"
+    report = live("bf16", nn.Sequential(Routing(), nn.Linear(16, 4)))
+    assert report.ok
+    assert told in report.notes
+    report = report_of(nn.Sequential(Routing(), nn.Linear(16, 4)))
+    assert report.ok
+    assert report.notes == ("never called: 0.layers.0",)
+
+
 def test_what_draws_its_path_at_random_is_not_accused() -> None:
     for model, told in (
         (Skipping(alike=True), ""),  # the same on both, as the CPU draws it
@@ -726,6 +751,21 @@ def test_a_module_that_calls_another_otherwise_is_named(way: str) -> None:
     assert {(one.module, one.kind) for one in report.faults} == {("", kind)}, str(report)
     assert what in {one.what for one in report.faults}
     assert not [note for note in report.notes if "draws" in note]
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_what_is_before_another_module_gets_its_gradient_through_that(by_keyword: bool) -> None:
+    class Before(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.inner = nn.Parameter(torch.randn(16)), Many()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            weight = backward(lambda g: g * 1.001)(self.weight) if there(x) else self.weight
+            one, other = (x, x * weight) if by_keyword else (x * weight, x)
+            return self.inner(one, y=other, at=torch.zeros(1, dtype=torch.int64))
+
+    assert {one.what for one in report_of(Before()).faults} == {"gradient of weight"}
 
 
 class Own(nn.Module):
