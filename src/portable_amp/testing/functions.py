@@ -15,6 +15,7 @@ from portable_amp.nested import map_tensors
 
 if TYPE_CHECKING:
     from portable_amp.testing.play import Played
+    from portable_amp.testing.shadow import Place
 
 Fakes = Iterable[tuple[Any, str, Any]]
 """Owner, name of the attribute, what stands there while the machine is played."""
@@ -53,30 +54,29 @@ def host(played: Played) -> Fakes:
 
 def mps(played: Played) -> Fakes:
     """torch.mps and torch.backends.mps on a Mac."""
-    macos = played.machine.hardware.macos or (0, 0)
-    place = played.places[0]
+    macos = played.machine.hardware.macos or ()
     yield torch.backends.mps, "is_available", lambda: True
     yield torch.backends.mps, "is_built", lambda: True
     yield torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos >= (major, minor)
     yield torch.backends.mps, "get_name", lambda: played.machine.hardware.name
     functions = {
-        **_shared(played),
-        "current_allocated_memory": lambda: place.ledger.allocated,
-        "driver_allocated_memory": lambda: place.ledger.reserved,
-        "recommended_max_memory": lambda: place.ledger.limit,
+        **_functions(played),
+        "current_allocated_memory": lambda: played.memory.allocated,
+        "driver_allocated_memory": lambda: played.memory.reserved,
+        "recommended_max_memory": lambda: played.memory.limit,
     }
     yield from _on(torch.mps, functions)
 
 
 def cuda_like(played: Played) -> Fakes:
     """torch.cuda, or torch.xpu, with such a device."""
-    yield from _on(getattr(torch, played.kind), _cuda_functions(played))
+    yield from _on(getattr(torch, played.kind), {**_functions(played), **_facts(played)})
 
 
 def vendor(played: Played) -> Fakes:
     """torch.<name> as the vendor's package would register it."""
     module = ModuleType(f"torch.{played.kind}")
-    module.__dict__.update(_cuda_functions(played))
+    module.__dict__.update({**_functions(played), **_facts(played)})
     yield torch, played.kind, module
 
 
@@ -152,18 +152,57 @@ def _streams(played: Played) -> dict[str, Callable[..., Any]]:
         "stream": use,
         "current_stream": here,
         "default_stream": lambda device=None: first,
+        "is_current_stream_capturing": lambda: False,
     }
 
 
-def _cuda_functions(played: Played) -> dict[str, Callable[..., Any]]:
+def _facts(played: Played) -> dict[str, Callable[..., Any]]:
+    """What a module like torch.cuda tells of the hardware."""
     hardware = played.machine.hardware
-    kind = hardware.device_type
+    capability = hardware.compute_capability
+    properties = SimpleNamespace(
+        name=hardware.name,
+        total_memory=hardware.total_memory,
+        multi_processor_count=1,
+        has_fp64=hardware.float64,
+        has_fp16=hardware.float16,
+        has_bfloat16_conversions=hardware.bfloat16,
+    )
+    if hardware.arch:
+        properties.gcnArchName = f"{hardware.arch}:sramecc+:xnack-"
+        # gfx90a is 9.0, gfx1030 is 10.3
+        capability = int(hardware.arch[3:-2]), int(hardware.arch[-2])
+    bfloat16 = bool(hardware.bfloat16)
+    offered: dict[str, Callable[..., Any]] = {}
+    if capability:
+        properties.major, properties.minor = capability
+        bfloat16 = capability >= (8, 0)
+        offered["get_device_capability"] = lambda device=None: capability
+    dtypes = {torch.float16: hardware.float16, torch.bfloat16: hardware.bfloat16}
+    return {
+        **offered,
+        "get_device_name": lambda device=None: hardware.name,
+        "get_device_properties": lambda device=None: properties,
+        # torch counts emulation, unless asked not to.
+        "is_bf16_supported": lambda including_emulation=True: including_emulation or bfloat16,
+        "get_amp_supported_dtype": lambda: [dtype for dtype, there in dtypes.items() if there],
+    }
 
-    def at(device: Any = None) -> Any:
-        return played.place(torch.device(kind) if device is None else device).ledger
 
-    def reset_peak(device: Any = None) -> None:
-        at(device).peak = at(device).allocated
+def _on(module: ModuleType, functions: Mapping[str, Any]) -> Fakes:
+    for name, function in functions.items():
+        if hasattr(module, name):
+            yield module, name, function
+
+
+def _functions(played: Played) -> dict[str, Callable[..., Any]]:
+    """What the modules of accelerators do, each as much of it as it has."""
+
+    def at(device: Any) -> Place:
+        return played.place(played.kind if device is None else device)
+
+    def generator(device: Any = None) -> torch.Generator:
+        return played.generators[played.places.index(at(device))]
 
     @contextlib.contextmanager
     def use(device: Any) -> Iterator[None]:
@@ -174,67 +213,6 @@ def _cuda_functions(played: Played) -> dict[str, Callable[..., Any]]:
         finally:
             played.current = before
 
-    properties = SimpleNamespace(
-        name=hardware.name,
-        total_memory=hardware.total_memory,
-        multi_processor_count=1,
-        major=(hardware.compute_capability or (9, 0))[0],
-        minor=(hardware.compute_capability or (9, 0))[1],
-        gcnArchName=f"{hardware.arch}:sramecc+:xnack-" if hardware.arch else "",
-        has_fp64=hardware.float64,
-        has_fp16=hardware.float16,
-        has_bfloat16_conversions=hardware.bfloat16,
-    )
-    dtypes = [
-        dtype
-        for dtype, there in (
-            (torch.float16, hardware.float16),
-            (torch.bfloat16, hardware.bfloat16),
-        )
-        if there
-    ]
-    return {
-        **_shared(played),
-        **_streams(played),
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "init": lambda: None,
-        "_lazy_init": lambda: None,
-        "is_current_stream_capturing": lambda: False,
-        "current_device": lambda: played.current,
-        "set_device": played.set_current,
-        "device": use,
-        "get_device_name": lambda device=None: hardware.name,
-        "get_device_properties": lambda device=None: properties,
-        "get_device_capability": lambda device=None: (properties.major, properties.minor),
-        # torch counts emulation, unless asked not to; on AMD's cards it always says yes.
-        "is_bf16_supported": lambda including_emulation=True: (
-            including_emulation or bool(hardware.arch) or properties.major >= 8
-        ),
-        "memory_allocated": lambda device=None: at(device).allocated,
-        "max_memory_allocated": lambda device=None: at(device).peak,
-        "memory_reserved": lambda device=None: at(device).reserved,
-        "max_memory_reserved": lambda device=None: at(device).peak,
-        "reset_peak_memory_stats": reset_peak,
-        "mem_get_info": lambda device=None: (at(device).free, at(device).limit),
-        "get_amp_supported_dtype": lambda: dtypes,
-    }
-
-
-def _on(module: ModuleType, functions: Mapping[str, Any]) -> Fakes:
-    for name, function in functions.items():
-        if hasattr(module, name):
-            yield module, name, function
-
-
-def _shared(played: Played) -> dict[str, Callable[..., Any]]:
-    """What every backend's module has."""
-
-    def index(device: Any) -> int:
-        if isinstance(device, int):
-            return device
-        return played.place(torch.device(device)).device.index or 0 if device else played.current
-
     def synchronize(device: Any = None) -> None:
         played.record("synchronize")
         played.settle()
@@ -244,53 +222,64 @@ def _shared(played: Played) -> dict[str, Callable[..., Any]]:
         for place in played.places:
             place.ledger.empty_cache()
 
-    def manual_seed(seed: int) -> None:
-        for generator in played.generators:
-            generator.manual_seed(seed)
+    def reset_peak(device: Any = None) -> None:
+        at(device).ledger.peak = at(device).ledger.allocated
 
-    def get_rng_state(device: Any = None) -> torch.Tensor:
-        return played.generators[index(device)].get_state()
+    def max_reserved(device: Any = None) -> int:
+        return max(at(device).ledger.peak, at(device).ledger.reserved)
+
+    def manual_seed(seed: int) -> None:
+        generator().manual_seed(seed)
+
+    def manual_seed_all(seed: int) -> None:
+        for each in played.generators:
+            each.manual_seed(seed)
 
     def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
-        played.generators[index(device)].set_state(new_state)
+        generator(device).set_state(new_state)
 
     return {
+        **_streams(played),
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "init": lambda: None,
+        "_lazy_init": lambda: None,
         "_is_in_bad_fork": lambda: False,
         "device_count": lambda: len(played.places),
+        "current_device": lambda: played.current,
+        "set_device": played.set_current,
+        "device": use,
         "synchronize": synchronize,
         "empty_cache": empty_cache,
+        "memory_allocated": lambda device=None: at(device).ledger.allocated,
+        "max_memory_allocated": lambda device=None: at(device).ledger.peak,
+        "memory_reserved": lambda device=None: at(device).ledger.reserved,
+        "max_memory_reserved": max_reserved,
+        "reset_peak_memory_stats": reset_peak,
+        "mem_get_info": lambda device=None: (at(device).ledger.free, at(device).ledger.limit),
         "manual_seed": manual_seed,
-        "manual_seed_all": manual_seed,
-        "get_rng_state": get_rng_state,
+        "manual_seed_all": manual_seed_all,
+        "get_rng_state": lambda device=None: generator(device).get_state(),
         "set_rng_state": set_rng_state,
     }
 
 
 def _accelerator(played: Played) -> Fakes:
-    module = getattr(torch, "accelerator", None)  # torch 2.6+
-    here = played.row.accelerator
-    if module is None:
-        return
-    yield module, "is_available", lambda: here
-    yield module, "device_count", lambda: len(played.places) if here else 0
-    yield (
-        module,
-        "current_accelerator",
-        lambda check_available=False: torch.device(played.kind) if here else None,
-    )
-    if not here:
-        return
-    yield module, "current_device_index", lambda: played.current
-    yield module, "set_device_index", played.set_current
-    yield module, "synchronize", _shared(played)["synchronize"]
-    # Optimizers ask whether a graph is being captured.
-    yield module, "current_stream", _streams(played)["current_stream"]
-    if hasattr(module, "empty_cache"):  # torch 2.9+, with the statistics
-        yield module, "empty_cache", _shared(played)["empty_cache"]
-        ledger = played.places[0].ledger
-        yield module, "memory_allocated", lambda device=None: ledger.allocated
-        yield module, "memory_reserved", lambda device=None: ledger.reserved
-        yield module, "max_memory_allocated", lambda device=None: ledger.peak
+    functions: dict[str, Callable[..., Any]] = {
+        "is_available": lambda: False,
+        "device_count": lambda: 0,
+        "current_accelerator": lambda check_available=False: None,
+    }
+    if played.row.accelerator:
+        functions = _functions(played)
+        functions |= {
+            "current_accelerator": lambda check_available=False: torch.device(played.kind),
+            "current_device_index": functions["current_device"],
+            "set_device_index": functions["set_device"],
+            "get_memory_info": functions["mem_get_info"],
+        }
+    if hasattr(torch, "accelerator"):  # torch 2.6+; the statistics 2.9+
+        yield from _on(torch.accelerator, functions)
 
 
 def _loading(played: Played) -> Fakes:
