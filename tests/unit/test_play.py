@@ -362,25 +362,6 @@ def test_calls_are_recorded_with_what_matters() -> None:
     assert played.asked("copy", pinned=False) == []
 
 
-def test_compiled_code_runs_as_it_is_or_not_at_all() -> None:
-    with play("a100") as played:
-        assert torch.compile(torch.nn.Identity())(torch.ones(1)).item() == 1
-        assert torch.compile(dynamic=True)(torch.neg)(torch.ones(1)).item() == -1
-        assert len(played.asked("compile")) == 2
-    with play("rtx4090-windows"), pytest.raises(RuntimeError, match="triton"):
-        torch.compile(torch.nn.Identity())(torch.ones(1))
-
-
-def test_checkpoints_are_loaded_to_the_device(tmp_path: object) -> None:
-    path = f"{tmp_path}/x.pt"
-    torch.save({"a": [torch.ones(2)]}, path)
-    with play("m2-macos15", live=True):
-        assert torch.load(path, map_location="mps", weights_only=True)["a"][0].device.type == "mps"
-        loaded = torch.load(path, map_location="cpu", weights_only=True)["a"][0]
-        torch.save({"a": loaded.to("mps")}, path)
-    assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1]
-
-
 @pytest.mark.parametrize(
     ("ask", "told"),
     [
@@ -419,19 +400,3 @@ def test_a_live_batch_can_be_cut_in_inference_mode() -> None:
         with torch.inference_mode():
             part = batch[2:4] + torch.ones(2, device="cuda")
         assert part.cpu().tolist() == [3.0, 4.0]
-
-
-@pytest.mark.parametrize("live", [False, True])
-def test_a_generator_is_of_the_played_device(live: bool) -> None:
-    real, before = torch.Generator, torch.Generator()
-    with play("mi250"), play("t4", live=live):
-        generator = torch.Generator(device="cuda").manual_seed(3)
-        assert generator.device == torch.device("cuda", 0)
-        assert isinstance(generator, torch.Generator)
-        assert isinstance(before, torch.Generator)
-        drawn = torch.zeros(4, device="cuda").uniform_(generator=generator).cpu()
-        assert torch.Generator().device == torch.device("cpu")
-        with pytest.raises(RuntimeError, match=r"(?i)mps"):
-            torch.Generator("mps")
-    assert torch.Generator is real
-    assert torch.equal(drawn, torch.zeros(4).uniform_(generator=before.manual_seed(3)))

@@ -42,9 +42,9 @@ def fakes(played: Played) -> Fakes:
 
 
 def _registered() -> list[Any]:
-    """The module of a vendor's device that this machine really has."""
-    name = str(torch._C._get_privateuse1_backend_name())
-    return [getattr(torch, name)] if hasattr(torch, name) else []
+    """The modules of vendors' devices that this machine really has."""
+    names = ("hpu", torch._C._get_privateuse1_backend_name())
+    return [getattr(torch, name) for name in names if hasattr(torch, name)]
 
 
 def host(played: Played) -> Fakes:
@@ -173,14 +173,11 @@ def _facts(played: Played) -> dict[str, Callable[..., Any]]:
         # gfx90a is 9.0, gfx1030 is 10.3
         capability = int(hardware.arch[3:-2]), int(hardware.arch[-2])
     bfloat16 = bool(hardware.bfloat16)
-    offered: dict[str, Callable[..., Any]] = {}
     if capability:
         properties.major, properties.minor = capability
-        bfloat16 = capability >= (8, 0)
-        offered["get_device_capability"] = lambda device=None: capability
+        bfloat16 = properties.major >= 8
     dtypes = {torch.float16: hardware.float16, torch.bfloat16: hardware.bfloat16}
     return {
-        **offered,
         "get_device_name": lambda device=None: hardware.name,
         "get_device_properties": lambda device=None: properties,
         # torch counts emulation, unless asked not to.
@@ -268,12 +265,12 @@ def _accelerator(played: Played) -> Fakes:
     functions: dict[str, Callable[..., Any]] = {
         "is_available": lambda: False,
         "device_count": lambda: 0,
-        "current_accelerator": lambda check_available=False: None,
+        "current_accelerator": lambda *_, **__: None,
     }
     if played.row.accelerator:
         functions = _functions(played)
         functions |= {
-            "current_accelerator": lambda check_available=False: torch.device(played.kind),
+            "current_accelerator": lambda *_, **__: torch.device(played.kind),
             "current_device_index": functions["current_device"],
             "set_device_index": functions["set_device"],
             "get_memory_info": functions["mem_get_info"],
@@ -307,7 +304,7 @@ def _loading(played: Played) -> Fakes:
         return played.pin(tensor)
 
     def load(f: Any, map_location: Any = None, **options: Any) -> Any:
-        if not isinstance(map_location, (str, torch.device)) or not played.owns(map_location):
+        if not played.owns(map_location):
             return real_load(f, map_location, **options)
         loaded = real_load(f, "cpu", **options)
         return map_tensors(lambda tensor: tensor.to(map_location), loaded)
@@ -354,7 +351,7 @@ def _compile(played: Played) -> Callable[..., Any]:
 
     def compile_(model: Any = None, **options: Any) -> Any:
         if model is None:
-            return lambda function: compile_(function, **options)
+            return compile_
         played.record("compile")
         return model if played.machine.triton else missing
 

@@ -256,7 +256,7 @@ class Shadow(torch.Tensor):
         place = shadows[0].place
         target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         if target is None and func not in _MAY_MIX:
-            _one_device(place, (args, kwargs))
+            one_device(place, (args, kwargs))
         if target is not None:
             kwargs.update(device=_HOST)
             kwargs.pop("pin_memory", None)
@@ -314,7 +314,8 @@ def _of_parameter(shadow: Shadow) -> dict[str, Any]:
     return {"_is_param": True} if getattr(shadow, "_is_param", False) else {}
 
 
-def _one_device(place: Place, arguments: Any) -> None:
+def one_device(place: Place, arguments: Any) -> None:
+    """Raise what torch raises of tensors that are elsewhere."""
     for item in tree_flatten(arguments)[0]:
         if not isinstance(item, torch.Tensor):
             continue

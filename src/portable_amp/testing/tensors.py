@@ -10,13 +10,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from portable_amp.testing.shadow import Shadow, bare, on_raw, shadows_in
+from portable_amp.testing.shadow import Shadow, bare, on_raw, one_device, shadows_in
 
 if TYPE_CHECKING:
     from portable_amp.testing.play import Played
 
 _HOST = torch.device("cpu")
-_NAMED = ("cuda", "xpu", "mps", "hpu", "npu")
 
 
 class Functions(TorchFunctionMode):
@@ -27,15 +26,14 @@ class Functions(TorchFunctionMode):
         self.played = played
         self.answers: dict[Any, Callable[..., Any]] = {
             torch.Tensor.to: self._to,
+            torch.Tensor.cuda: self._to_kind("cuda"),
+            torch.Tensor.xpu: self._to_kind("xpu"),
             torch.Tensor.cpu: lambda tensor, *_, **__: played.move(tensor, _HOST),
             torch.Tensor.pin_memory: lambda tensor, *_, **__: played.pin(tensor),
             torch.Tensor.is_pinned: lambda tensor, *_, **__: played.is_pinned(tensor),
             torch.Tensor.new_tensor: self._new_tensor,
             torch.autograd.grad: _gradients,
         }
-        for name in _NAMED:
-            if hasattr(torch.Tensor, name):
-                self.answers[getattr(torch.Tensor, name)] = self._to_kind(name)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -46,6 +44,8 @@ class Functions(TorchFunctionMode):
         answer = self.answers.get(func)
         if answer:
             return answer(*args, **kwargs)
+        if kwargs.get("requires_grad") and shadows_in(args):  # torch tells the outline, not `raw`
+            return func(*args, **{**kwargs, "requires_grad": False}).requires_grad_()
         device = kwargs.get("device")
         if device is None or not self.played.owns(device) or shadows_in(args):
             return func(*args, **kwargs)
@@ -53,8 +53,12 @@ class Functions(TorchFunctionMode):
         return self.played.arrive(func(*args, **{**kwargs, "device": _HOST}), device)
 
     def _to(self, tensor: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], int):
-            args = (torch.device(self.played.kind, args[0]), *args[1:])
+        def named(value: Any) -> Any:
+            return torch.device(self.played.kind, value) if type(value) is int else value
+
+        if [type(value) for value in args[-2:]] == [bool, bool]:  # non_blocking and copy
+            *args, copy = args  # type: ignore[assignment]
+        args, kwargs = tuple(map(named, args)), {k: named(v) for k, v in kwargs.items()}
         with torch._C.DisableTorchFunction():
             device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         return self.played.move(
@@ -68,10 +72,9 @@ class Functions(TorchFunctionMode):
             non_blocking: bool = False,
             memory_format: torch.memory_format | None = None,
         ) -> torch.Tensor:
-            if device is None or isinstance(device, int):
-                device = torch.device(name, device or 0)
+            where = torch.device(name, device) if isinstance(device, int) else device or name
             return self.played.move(
-                tensor, torch.device(device), None, non_blocking, memory_format=memory_format
+                tensor, torch.device(where), None, non_blocking, memory_format=memory_format
             )
 
         return to_kind
@@ -86,7 +89,7 @@ class Functions(TorchFunctionMode):
         requires_grad: bool = False,
     ) -> torch.Tensor:
         made = torch.tensor(data, dtype=dtype or like.dtype, requires_grad=requires_grad)
-        where = like.device if device is None else torch.device(device)
+        where = like.device if device is None else device
         return self.played.arrive(made, where) if self.played.owns(where) else made
 
 
@@ -116,9 +119,7 @@ class Operations(TorchDispatchMode):
                 f"{func} moves a tensor that requires a gradient to {device} inside torch, which "
                 "is not played; call .to() from Python before"
             )
-        kwargs = {**kwargs, "device": _HOST}
-        kwargs.pop("pin_memory", None)
-        return self.played.arrive(func(*args, **kwargs), device)
+        return self.played.arrive(func(*args, **{**kwargs, "device": _HOST}), device)
 
 
 def _gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
@@ -136,11 +137,16 @@ def _gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: A
 def composites(played: Played) -> list[tuple[Any, str, Any]]:
     """Functions that choose a kernel by the device's name, or keep autograd state of their own."""
     function = torch.autograd.Function
-    real_backward, own_apply = torch.autograd.backward, vars(function).get("apply")
+    real_backward, real_apply = torch.autograd.backward, vars(function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        real = own_apply.__get__(None, cls) if own_apply else super(function, cls).apply
+        real = real_apply.__get__(None, cls)
         shadows = shadows_in((args, kwargs))
+        if shadows and cls is torch.utils.checkpoint.CheckpointFunction:
+            raise NotImplementedError(
+                "checkpoint(use_reentrant=True) has no gradient on a live machine, and is not "
+                "played; use_reentrant=False is"
+            )
         # Checkpointing keeps its arguments in one, to call the model with them again.
         if not shadows or cls.__module__ == "torch.utils.checkpoint":
             return real(*args, **kwargs)
@@ -159,7 +165,6 @@ def composites(played: Played) -> list[tuple[Any, str, Any]]:
                 *((torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
             )
         ),
-        (torch.backends.cudnn, "is_acceptable", lambda tensor: False),
         (function, "apply", classmethod(apply)),
         (torch.autograd, "backward", backward),
     ]
@@ -172,7 +177,8 @@ def _on_cpu(real: Callable[..., Any]) -> Callable[..., Any]:
         shadows = shadows_in((args, kwargs))
         if not shadows:
             return real(*args, **kwargs)
-        place = shadows[0].place
+        place = shadows.pop().place
+        one_device(place, (args, kwargs))
         if torch.is_autocast_enabled(place.device.type):
             dtype = torch.get_autocast_dtype(place.device.type)
             args, kwargs = tree_map(
