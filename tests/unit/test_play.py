@@ -210,52 +210,6 @@ def test_a_copy_to_a_device_is_a_copy() -> None:
     assert x.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("key", "dtype", "error", "words"),
-    [
-        ("m1-macos13", torch.float64, TypeError, "the MPS framework doesn't support float64"),
-        ("m1-macos13", torch.complex128, TypeError, "^Trying to convert ComplexDouble to the MPS"),
-        ("m1-macos13", torch.bfloat16, TypeError, "^MPS bfloat16 type is supported on MacOS 14"),
-        ("m2-macos14", torch.bfloat16, None, ""),
-        ("arc-a770", torch.float64, RuntimeError, "^Required aspect fp64 is not supported"),
-        ("max1550", torch.float64, None, ""),
-        ("t4", torch.bfloat16, None, ""),
-    ],
-)
-def test_a_dtype_is_refused_in_the_backends_own_words(
-    key: str, dtype: torch.dtype, error: type[Exception] | None, words: str
-) -> None:
-    with play(key):
-        device = DeviceContext(precision="fp32").device
-        made = torch.zeros(2, dtype=dtype)
-        for make in (
-            lambda: made.to(device),
-            lambda: torch.zeros(2).to(device, dtype),
-            lambda: torch.zeros(2, dtype=dtype, device=device),
-        ):
-            if error is None:
-                assert make().dtype is dtype
-            else:
-                with pytest.raises(error, match=words):
-                    make()
-
-
-@pytest.mark.parametrize(
-    ("device", "error", "words"),
-    [
-        ("cuda", AssertionError, "^Torch not compiled with CUDA enabled$"),
-        ("xpu", AssertionError, "^Torch not compiled with XPU enabled$"),
-        ("mps", RuntimeError, "^PyTorch is not linked with support for mps devices$"),
-        ("hpu", RuntimeError, "^PyTorch is not linked with support for hpu devices$"),
-    ],
-)
-def test_an_absent_device_is_refused_in_torchs_own_words(
-    device: str, error: type[Exception], words: str
-) -> None:
-    with play("cpu"), pytest.raises(error, match=words):
-        torch.ones(2).to(device)
-
-
 def test_pinning_as_there() -> None:
     data = TensorDataset(torch.zeros(4, 2))
     with play("t4") as played:
