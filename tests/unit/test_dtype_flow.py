@@ -127,8 +127,9 @@ def test_the_hooks_are_gone_after_an_error() -> None:
 
 
 def test_without_autocast_everything_is_float32() -> None:
-    flow = dtype_flow(nn.Linear(4, 4), torch.ones(2, 4), "cuda", fp32)
-    assert flow[0].gives == (fp32,)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    flow = dtype_flow(model, torch.ones(2, 4), "cuda", fp32)
+    assert [layer.gives for layer in flow] == [(fp32,), (fp32,)]
 
 
 def test_the_default_is_torchs() -> None:
