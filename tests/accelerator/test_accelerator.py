@@ -50,6 +50,70 @@ def vendor() -> Any:
     return torch.get_device_module(NAME)
 
 
+# --- the vendor's module ----------------------------------------------------------------------
+
+
+def test_the_module_tells_what_those_of_torch_tell() -> None:
+    module = vendor()
+    assert module.is_available()
+    assert module.is_initialized()
+    assert module._initialized  # torch.utils.checkpoint looks at it
+    assert not module._is_in_bad_fork()
+    assert (module.device_count(), module.current_device()) == (1, 0)
+    for device in (0, NAME, "fakegpu:0", torch.device(NAME), torch.device(NAME, 0)):
+        module.set_device(device)
+        with module.device(device):
+            assert module.current_device() == 0
+        assert module.get_device_name(device).startswith(NAME)
+        module.synchronize(device)
+    for device in (1, "fakegpu:1", torch.device(NAME, 1)):
+        with pytest.raises(RuntimeError, match="invalid device ordinal 1: there is fakegpu:0"):
+            module.set_device(device)
+
+
+@pytest.mark.parametrize("dtypes", [(), (torch.float16,), (torch.float16, torch.bfloat16)])
+def test_the_module_tells_what_autocast_may_use(dtypes: tuple[torch.dtype, ...]) -> None:
+    new_accelerator(amp_dtypes=dtypes)
+    assert vendor().get_amp_supported_dtype() == [*dtypes]
+    assert vendor().is_bf16_supported() is (torch.bfloat16 in dtypes)
+
+
+def test_the_module_tells_of_its_memory(accelerator: Accelerator) -> None:
+    module = vendor()
+    module.empty_cache()
+    before = module.memory_allocated()
+    module.reset_peak_memory_stats()
+    kept, freed = torch.ones(MIB, device=NAME), torch.ones(2 * MIB, device=NAME)
+    del freed
+    held = before + 4 * MIB
+    for device in (None, 0, NAME, torch.device(NAME, 0)):
+        assert module.memory_allocated(device) == held
+        assert module.memory_reserved(device) == module.max_memory_allocated(device)
+        assert module.memory_reserved(device) == held + 8 * MIB
+        assert module.mem_get_info(device) == (2**40 - held - 8 * MIB, 2**40)
+    for limit, free in ((20 * MIB, 8 * MIB), (12 * MIB, 0), (6 * MIB, 0)):
+        accelerator.ledger.limit = before + limit
+        assert module.mem_get_info() == (free, before + limit)
+    accelerator.ledger.limit = None
+    module.reset_peak_memory_stats(0)
+    module.empty_cache()
+    assert module.max_memory_allocated() == module.memory_reserved() == held == before + kept.nbytes
+
+
+def test_the_module_draws_random_numbers_of_its_own() -> None:
+    module = vendor()
+    states = []
+    for seed in (module.manual_seed, module.manual_seed_all, torch.manual_seed):
+        seed(5)
+        states.append(module.get_rng_state())
+        assert torch.equal(module.get_rng_state(0), states[0])
+        torch.rand(2, device=NAME)
+        assert not torch.equal(module.get_rng_state(), states[0])
+    module.set_rng_state(states[0], 0)
+    assert torch.equal(module.get_rng_state(), states[0])
+    assert torch.equal(states[0], torch.Generator().manual_seed(5).get_state())
+
+
 # --- choosing it, and explaining it -----------------------------------------------------------
 
 
@@ -725,10 +789,18 @@ def test_its_out_of_memory_error_is_recognised(scarce: Accelerator) -> None:
     scarce.ledger.limit = scarce.ledger.allocated + 8 * MIB
     with pytest.raises(RuntimeError) as caught:
         torch.ones(5 * MIB, device=NAME)
-    assert str(caught.value).startswith("FAKEGPU out of memory. Tried to allocate 20.00 MiB. ")
+    room = scarce.ledger.limit / MIB
+    assert str(caught.value) == (
+        "FAKEGPU out of memory. Tried to allocate 20.00 MiB. FAKEGPU 0 has a total capacity of "
+        f"{room:.2f} MiB of which 8.00 MiB is free."
+    )
     assert type(caught.value) is RuntimeError  # no type of its own to know it by
     assert is_oom_error(caught.value)
-    assert torch.ones(MIB, device=NAME).sum().item() == MIB
+    kept = torch.ones(MIB, device=NAME)
+    assert kept.sum().item() == MIB
+    scarce.ledger.limit = MIB
+    with pytest.raises(RuntimeError, match=r"of 1\.00 MiB of which 0\.00 MiB is free"):
+        torch.ones(1, device=NAME)
 
 
 def test_a_batch_that_does_not_fit_is_split(scarce: Accelerator) -> None:
@@ -970,3 +1042,17 @@ def test_a_function_that_no_vendor_offers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"without='mem_info': the module offers .*mem_get_info"):
         new_accelerator(without=["mem_info"])
     assert hasattr(vendor(), "mem_get_info")
+
+
+def test_what_torch_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has no plugin yet."""
+    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "privateuseone")
+    for name in ("Other", "1st", "other-gpu", "", "cuda", "nn"):
+        with pytest.raises(DeviceError, match=f"torch.{name}, which must be a new lower-case name"):
+            new_accelerator(name)
+    assert new_accelerator("other").name == "other"
+    registration = torch.utils.backend_registration
+    monkeypatch.delattr(registration, "_setup_privateuseone_for_python_backend")
+    with pytest.raises(DeviceError, match="takes no plugin device written in Python"):
+        new_accelerator("other")
+    assert new_accelerator(NAME).name == NAME
