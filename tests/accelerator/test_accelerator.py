@@ -1039,8 +1039,12 @@ def test_another_name_is_refused() -> None:
 
 
 def test_a_function_that_no_vendor_offers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"without='mem_info': the module offers .*mem_get_info"):
+    with pytest.raises(ValueError, match=r"without='mem_info': the module offers ") as caught:
         new_accelerator(without=["mem_info"])
+    assert "mem_get_info" in str(caught.value)
+    assert "synchronize" not in str(caught.value)  # the nearest alone
+    with pytest.raises(ValueError, match=r"the module offers is_available, .*mem_get_info"):
+        new_accelerator(without=["zzz"])
     assert hasattr(vendor(), "mem_get_info")
 
 
