@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from portable_amp import (
     DeviceContext,
@@ -224,11 +226,235 @@ def test_gradients_by_every_road(kind: str) -> None:
         assert w.grad.tolist() == [10, 10, 10]
 
 
+def test_a_second_gradient_is_another_tensor() -> None:
+    with play("t4", live=True):
+        w = torch.ones(2, device="cuda", requires_grad=True)
+        assert w.grad is None
+        (w * 2).sum().backward()
+        first = w.grad
+        w.grad = None
+        assert w.grad is None
+        (w * 3).sum().backward()
+        assert w.grad is w.grad is not first
+        assert (first.tolist(), w.grad.tolist()) == ([2, 2], [3, 3])
+        w.grad = first
+        assert w.grad.tolist() == [2, 2]
+
+
+BACKWARD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "a gradient": {"gradient": [1.0, 2.0]},
+    "the graph is kept": {"retain_graph": True},
+    "a graph is made": {"create_graph": True},
+    "some inputs": {"inputs": "first"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("asked", BACKWARD)
+def test_backward_takes_what_torchs_takes(asked: str) -> None:
+    def seen(device: str) -> list[Any]:
+        first, second = (torch.ones(2, device=device, requires_grad=True) for _ in range(2))
+        out = first * second * first
+        given = dict(BACKWARD[asked])
+        if "gradient" in given:
+            given["gradient"] = torch.tensor(given["gradient"], device=device)
+        else:
+            out = out.sum()
+        if "inputs" in given:
+            given["inputs"] = [first]
+        out.backward(**given)
+        facts: list[Any] = [
+            w.grad if w.grad is None else (w.grad.tolist(), w.grad.requires_grad)
+            for w in (first, second)
+        ]
+        for w in (first, second):
+            w.grad = None
+        try:
+            out.backward(given.get("gradient"))
+        except RuntimeError as error:
+            facts.append(str(error).partition(".")[0])
+        return facts
+
+    expected = seen("cpu")
+    with play("t4", live=True):
+        assert seen("cuda") == expected
+
+
+def test_gradients_of_what_is_between_are_kept_on_request() -> None:
+    with play("t4", live=True):
+        w = torch.ones(2, device="cuda", requires_grad=True)
+        kept, other = w * 2, w * 3
+        assert (w.is_leaf, kept.is_leaf, w.grad_fn) == (True, False, None)
+        assert type(kept.grad_fn).__name__ == "MulBackward0"
+        kept.retain_grad()
+        (kept * other).sum().backward()
+        assert kept.grad.tolist() == [3, 3]
+        assert w.grad.tolist() == [12, 12]
+        assert torch.ones(2, device="cuda").requires_grad_().requires_grad
+        assert not w.requires_grad_(False).requires_grad
+        assert not w.requires_grad
+
+
+def test_the_data_of_a_weight_can_be_exchanged() -> None:
+    with play("t4", live=True):
+        layer = nn.Linear(2, 2).to("cuda")
+        weight = layer.weight
+        weight.data = torch.zeros(3, 2, device="cuda", dtype=torch.float16)
+        assert layer.weight is weight
+        assert isinstance(weight, nn.Parameter)
+        assert (weight.tolist(), weight.dtype) == ([[0, 0]] * 3, torch.float16)
+        assert weight.requires_grad
+        weight.data.fill_(1)
+        assert weight.tolist() == [[1, 1]] * 3
+
+
 def test_what_is_not_played_says_so() -> None:
     with play("t4", live=True):
-        x = torch.ones(2, device="cuda")
-        with pytest.raises(NotImplementedError, match="changes the shape of a tensor in place"):
-            x.unsqueeze_(0)
+        for change in (lambda x: x.unsqueeze_(0), lambda x: x.t_(), lambda x: x.resize_(2)):
+            with pytest.raises(NotImplementedError, match="changes the shape of a tensor in place"):
+                change(torch.ones(2, 2, device="cuda"))
+
+
+# What may be of another device, and what may not: 2 x 2 there, and its like and an index on the
+# CPU and on a second device.
+Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+ALLOWED: dict[str, Mix] = {
+    "copied from": lambda x, other, at: x.copy_(other),
+    "copied to": lambda x, other, at: other.copy_(x),
+}
+ALLOWED_OF_THE_CPU: dict[str, Mix] = {
+    "an index": lambda x, other, at: x[at],
+    "an index of what is set": lambda x, other, at: x.index_put_((at,), x[0].clone()),
+    "an index of what is replaced": lambda x, other, at: x.index_put((at,), x[0].clone()),
+    "an assignment": lambda x, other, at: x.__setitem__(at, 1.0),
+    "a number": lambda x, other, at: x + other[0, 0],
+    "a number before it": lambda x, other, at: torch.where(x > 0, other[0, 0], x),
+    "lengths": lambda x, other, at: pack_padded_sequence(x.view(1, 2, 2), at + 1, True).data,
+}
+REFUSED: dict[str, Mix] = {
+    "the second of two": lambda x, other, at: x + other,
+    "the first of two": lambda x, other, at: other + x,
+    "one of many": lambda x, other, at: torch.cat([x, x, other]),
+    "behind a number": lambda x, other, at: x.index_select(0, at),
+    "a target": lambda x, other, at: torch.add(x, x, out=other),
+    "what goes into a target": lambda x, other, at: torch.add(other, other, out=x),
+    "what is indexed": lambda x, other, at: other[x[0].long()],
+    "what is set by an index": lambda x, other, at: x.index_put_((x[0].long(),), other[0]),
+}
+
+
+@pytest.mark.parametrize("mix", [*ALLOWED, *ALLOWED_OF_THE_CPU, *REFUSED])
+def test_what_may_mix_is_what_torch_lets_mix(mix: str) -> None:
+    run = (ALLOWED | ALLOWED_OF_THE_CPU | REFUSED)[mix]
+    with play("a100", live=True, count=2):
+
+        def given(device: str) -> tuple[torch.Tensor, ...]:
+            x, like, at = torch.ones(2, 2), torch.zeros(2, 2), torch.tensor([1])
+            return x.to("cuda:0"), like.to(device), at.to(device)
+
+        # On one device all of it works, and its twin on the CPU gives the same.
+        if mix != "lengths":
+            x, other, at = (tensor.cpu() for tensor in given("cpu"))
+            expected, got = run(x, other, at), run(*given("cuda:0"))
+            assert expected is None or torch.equal(got.cpu(), expected)
+        for device in ("cpu", "cuda:1"):
+            if mix in ALLOWED or (mix in ALLOWED_OF_THE_CPU and device == "cpu"):
+                x, other, at = given(device)
+                got = run(x, other, at)
+                if mix != "copied to":
+                    assert got is None or got.device == x.device
+            else:
+                words = f"same device, .*, cuda:0 and {device}!|should be a 1D CPU int64 tensor"
+                # The first that is on a device is named first.
+                first = mix in ("the first of two", "what goes into a target", "what is indexed")
+                if first and device != "cpu":
+                    words = f"same device, .*, {device} and cuda:0!"
+                with pytest.raises(RuntimeError, match=words):
+                    run(*given(device))
+
+
+def test_a_target_there_is_filled() -> None:
+    with play("t4", live=True):
+        x = torch.ones(2, 2, device="cuda")
+        for target in (torch.zeros_like(x), torch.zeros_like(x)):
+            assert torch.full((2, 2), 3.0, out=target) is target
+            assert torch.add(x, target, out=target) is target
+            assert target.tolist() == [[4, 4], [4, 4]]
+
+
+def test_like_a_tensor_there_on_any_device() -> None:
+    with play("a100", live=True, count=2):
+        x = torch.ones(2, 2, device="cuda:0")
+        for device in ("cpu", "meta", "cuda:0", "cuda:1"):
+            for make in (
+                lambda **to: torch.zeros_like(x, **to), lambda **to: x.new_ones(2, 2, **to),
+                lambda **to: x.new_tensor([1.0], **to), lambda **to: torch.as_tensor(x, **to),
+            ):  # fmt: skip
+                made = make(device=device)
+                assert str(made.device) == device
+                assert hasattr(made, "place") is device.startswith("cuda")
+        assert torch.zeros_like(x, device="cpu", pin_memory=True).tolist() == [[0, 0], [0, 0]]
+        w = torch.ones(2, device="cuda:0", requires_grad=True)
+        torch.as_tensor(w, dtype=torch.float16, device="cuda:1").sum().backward()
+        assert w.grad.tolist() == [1, 1]
+
+
+def test_sequences_are_packed_and_unpacked() -> None:
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    with play("t4", live=True):
+        packed = pack_padded_sequence(x.to("cuda"), torch.tensor([3, 1]), batch_first=True)
+        assert (packed.data.device.type, packed.batch_sizes.device.type) == ("cuda", "cpu")
+        padded, lengths = pad_packed_sequence(packed, batch_first=True)
+        assert (padded.device.type, lengths.tolist()) == ("cuda", [3, 1])
+        out, _ = nn.LSTM(2, 3, batch_first=True).to("cuda")(packed)
+        assert out.data.shape == (4, 3)
+        with pytest.raises(RuntimeError, match="should be a 1D CPU int64 tensor"):
+            pack_padded_sequence(x.to("cuda"), lengths.to("cuda"), batch_first=True)
+    expected, _ = pad_packed_sequence(
+        pack_padded_sequence(x, torch.tensor([3, 1]), batch_first=True), batch_first=True
+    )
+    assert padded.tolist() == expected.tolist()
+
+
+def test_copies_share_what_the_model_shares_and_are_parameters_where_it_has_them() -> None:
+    with play("t4", live=True):
+        model = mlp().to("cuda")
+        model.register_buffer("table", torch.ones(2, device="cuda"))
+        model.tied = model[0].weight
+        model(torch.ones(1, 16, device="cuda")).sum().backward()
+        twin = copy.deepcopy(model)
+        assert twin.tied is twin[0].weight is not model[0].weight
+        assert dict(twin.named_parameters()).keys() == dict(model.named_parameters()).keys()
+        for old, new in zip(model.parameters(), twin.parameters(), strict=True):
+            assert isinstance(new, nn.Parameter)
+            assert new.requires_grad
+            assert torch.equal(new.cpu(), old.cpu())
+            assert torch.equal(new.grad.cpu(), old.grad.cpu())
+            new.grad.zero_()
+        assert any(p.grad.cpu().any() for p in model.parameters())
+        assert not isinstance(twin.table, nn.Parameter)
+        assert copy.deepcopy(torch.ones(1, device="cuda", requires_grad=True)).grad is None
+
+
+def test_numbers_leave_the_device_on_request_only() -> None:
+    with play("t4", live=True):
+        w = torch.ones(2, device="cuda", requires_grad=True)
+        for take in (w.numpy, w.detach().numpy, lambda: np.asarray(w.detach())):
+            with pytest.raises(TypeError, match=r"can't convert cuda:0 .* Use Tensor\.cpu"):
+                take()
+        assert w.numpy(force=True).tolist() == w.tolist() == [1, 1]
+
+
+def test_an_outline_has_no_memory_and_says_what_it_is() -> None:
+    with play("t4", live=True) as played:
+        x = torch.ones(2, 3, dtype=torch.float16, device="cuda").t()
+        assert (x.shape, x.stride(), x.dtype) == ((3, 2), (1, 3), torch.float16)
+        assert x.untyped_storage().device.type == "meta"
+        assert torch.ops.prim.device(x) == x.device == torch.device("cuda:0")
+        assert repr(x).endswith("on cuda:0")
+        x.record_stream(torch.cuda.current_stream())
+        assert played.asked("record_stream")
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -359,6 +585,61 @@ def test_a_copy_to_mps_that_does_not_block_corrupts_data() -> None:
         assert kept.tolist() == [9, 9, 9]
 
 
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "all": lambda x: x,
+    "the middle": lambda x: x[1:2],
+    "turned": lambda x: x.t(),
+    "every second": lambda x: x[:, ::2],
+    "a number": lambda x: x[1, 1],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_late_copy_reads_what_it_was_asked_for(view: str, dtype: torch.dtype) -> None:
+    source = torch.arange(12).reshape(3, 4).to(dtype)
+    with play("m2-macos15", live=True):
+        late = VIEWS[view](source).to("mps", non_blocking=True)
+        source.add_(1) if dtype is not torch.bool else source.logical_not_()
+        assert late.tolist() == VIEWS[view](source).tolist()
+        assert late.dtype is dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
+def test_what_was_freed_before_it_was_read_is_lost(dtype: torch.dtype) -> None:
+    with play("m2-macos15", live=True):
+        lost = torch.ones(2, dtype=dtype).to("mps", non_blocking=True)
+        kept = torch.ones(2, dtype=dtype).to("mps")
+        torch.ones(2, dtype=dtype).to("mps", non_blocking=True)  # nobody waits for it
+        torch.mps.synchronize()
+        assert kept.tolist() == [1, 1]
+        assert lost.isnan().all() if dtype.is_floating_point else lost.tolist() == [0, 0]
+
+
+def test_what_changes_dtype_or_has_a_gradient_is_copied_at_once() -> None:
+    with play("m2-macos15", live=True):
+        source = torch.ones(2)
+        other = source.to("mps", torch.float16, non_blocking=True)
+        weight = torch.ones(2, requires_grad=True)
+        moved = weight.to("mps", non_blocking=True)
+        with torch.no_grad():
+            for tensor in (source, weight):
+                tensor.zero_()
+        assert other.tolist() == moved.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("key", "kind"), [("m2-macos15", "mps"), ("t4", "cuda")])
+@pytest.mark.parametrize("late", [None, False, True])
+def test_whether_copies_are_late_is_the_machines_or_what_is_said(
+    key: str, kind: str, late: bool | None
+) -> None:
+    with play(key, live=True, **({} if late is None else {"late_copies": late})):
+        source = torch.zeros(1)
+        copied = source.to(kind, non_blocking=True)
+        source.fill_(1)
+        assert copied.item() == (kind == "mps" if late is None else late)
+
+
 def test_a_pinned_source_on_cuda_is_read_late_but_kept() -> None:
     with play("t4", live=True):
         pinned = torch.ones(3).pin_memory()
@@ -378,26 +659,58 @@ def test_a_pinned_source_on_cuda_is_read_late_but_kept() -> None:
         assert late.isnan().all().item()
 
 
-def test_emulated_dtypes_are_slow_and_absent_ones_are_wrong() -> None:
-    def products(dtype: torch.dtype) -> tuple[float, bool]:
-        x = torch.ones(2, 2, device="cuda", dtype=dtype)
-        start = time.perf_counter()
-        for _ in range(20):
-            y = x @ x
-        return time.perf_counter() - start, y.isfinite().all().item()
+# What hardware computes in 16 bits.
+PRODUCTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mm": lambda x: x @ x,
+    "addmm": lambda x: torch.addmm(x, x, x),
+    "linear": lambda x: F.linear(x, x, x[0]),
+    "bmm": lambda x: x[None].bmm(x[None]),
+    "baddbmm": lambda x: torch.baddbmm(x[None], x[None], x[None]),
+    "mv": lambda x: x.mv(x[0]),
+    "addmv": lambda x: torch.addmv(x[0], x, x[0]),
+    "convolution": lambda x: F.conv2d(x[None, None], x[None, None]),
+}
 
-    with play("t4", live=True):
-        products(torch.float32)
-        slow, right = products(torch.bfloat16)
-        assert right
-        assert slow > 0.02  # a millisecond for each
-    with play("gtx1660", live=True):
-        assert not products(torch.float16)[1]
-        assert products(torch.float32)[1]
-    with play("a100", live=True, wrong=(torch.bfloat16,)):
-        assert not products(torch.bfloat16)[1]
-        with maybe_autocast("cuda", torch.bfloat16):
-            assert nn.Linear(2, 2).to("cuda")(torch.ones(1, 2, device="cuda")).isnan().all().item()
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were slept, and are not."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_product_is_slow_or_wrong_where_its_dtype_is(product: str, waits: list[float]) -> None:
+    slow, wrong = torch.float16, torch.bfloat16
+    with play("a100", live=True, slow=(slow,), wrong=(wrong,)):
+        for dtype in (torch.float32, slow, wrong):
+            x = torch.ones(2, 2, device="cuda", dtype=dtype)
+            (x + x).exp()  # nothing shows here
+            waits.clear()
+            assert PRODUCTS[product](x).isnan().all().item() is (dtype is wrong)
+            assert waits == ([1e-3] if dtype is slow else [])
+            assert x.exp().isfinite().all().item()
+
+
+@pytest.mark.parametrize("key", ["t4", "gtx1660", "a100"])
+def test_what_is_slow_or_wrong_is_what_the_machine_is_known_for(
+    key: str, waits: list[float]
+) -> None:
+    with play(key, live=True) as played:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            waits.clear()
+            x = torch.ones(2, 2, device="cuda", dtype=dtype)
+            assert (x @ x).isnan().all().item() is (dtype in played.machine.wrong)
+            assert bool(waits) is (dtype in played.machine.slow)
+
+
+def test_a_wrong_dtype_is_wrong_in_a_region() -> None:
+    with (
+        play("a100", live=True, wrong=(torch.bfloat16,)),
+        maybe_autocast("cuda", torch.bfloat16),
+    ):
+        assert nn.Linear(2, 2).to("cuda")(torch.ones(1, 2, device="cuda")).isnan().all().item()
 
 
 def test_a_live_device_that_cannot_be_played_is_refused() -> None:
@@ -425,3 +738,16 @@ def test_gradients_flow_through_softmax_in_16_bits(
         assert there.grad is not None
         assert plain.grad is not None
         torch.testing.assert_close(there.grad.cpu().float(), plain.grad, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+@each_kind
+def test_softmax_of_16_bits_in_32_is_one_kernel_there(
+    kind: str, function: Callable[..., torch.Tensor], dim: int
+) -> None:
+    values = torch.arange(6.0).reshape(2, 3)
+    with play(LIVE[kind], live=True):
+        got = function(values.to(kind).half(), dim, dtype=torch.float32)
+        assert got.dtype is torch.float32
+    torch.testing.assert_close(got.cpu(), function(values, dim))

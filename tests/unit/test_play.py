@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import itertools
 import platform
 import re
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from inspect import ismodule
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # it wraps some of torch's functions, once and for all
 from torch.utils.data import DataLoader, TensorDataset
 
 import portable_amp
-from portable_amp import DeviceContext, MachineError, ScalerShim, backends, clear_cache
+from portable_amp import (
+    DeviceContext,
+    MachineError,
+    ScalerShim,
+    backends,
+    clear_cache,
+    maybe_autocast,
+)
+from portable_amp.autocast import Autocast
 from portable_amp.backends import Hardware
 from portable_amp.testing import MACHINES, Call, Machine, machine, play
+from portable_amp.testing.play import is_playing
+from support import KINDS
 
 KEYS = [row.key for row in MACHINES]
 
@@ -80,27 +95,39 @@ def test_the_documents_print_every_machine() -> None:
     assert [key for key, *_ in PRINTED] == KEYS
 
 
+# Where torch keeps what a machine could change.
+OWNERS = [
+    torch, torch.cuda, torch.xpu, torch.mps, torch.backends.mps, torch.backends.cudnn,
+    torch.version, torch.autograd, torch.autograd.Function, torch.nn.functional, torch._VF,
+    torch.autocast, torch.amp.GradScaler, Autocast, DataLoader, threading.Thread, backends,
+    *([torch.accelerator] if hasattr(torch, "accelerator") else []),
+]  # fmt: skip
+
+
 def outside() -> tuple[object, ...]:
     """What a program could notice of the machine."""
     return (
-        torch.cuda.is_available(),
-        torch.cuda.device_count(),
-        torch.xpu.is_available(),
-        torch.backends.mps.is_available(),
-        torch.version.hip,
-        hasattr(torch, "hpu"),
-        torch.compile,
-        torch.load,
-        torch.nn.functional.batch_norm,
-        torch.autograd.backward,
-        torch.autograd.Function.apply.__qualname__,
-        threading.Thread.start,
+        [
+            {name: id(value) for name, value in vars(owner).items() if not ismodule(value)}
+            for owner in OWNERS
+        ],
+        [hasattr(torch, name) for name in ("hpu", "npu", "privateuseone")],
         torch.__future__.get_swap_module_params_on_conversion(),
-        backends.BACKENDS,
+        torch.backends.cudnn.enabled,
+        [guard(kind) for kind in (1, 12, 13)],
         DeviceContext("cpu").capabilities,
         str(DeviceContext().device),
         len(torch.overrides._get_current_function_mode_stack()),
+        torch.utils._python_dispatch._len_torch_dispatch_stack(),
+        is_playing(),
     )
+
+
+def guard(number: int) -> int | None:
+    """What torch asks to switch to a device of the type with this number in c10."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    first = ctypes.c_void_p.in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    return ctypes.pointer(first)[number]
 
 
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row.key)
@@ -110,6 +137,7 @@ def test_a_loop_runs_and_nothing_of_the_machine_stays(row: Machine) -> None:
         ctx = DeviceContext()
         assert ctx.capabilities == played.machine.capabilities
         assert ctx.device.type in (row.hardware.device_type, "privateuseone")
+        assert DeviceContext("cpu").capabilities.device_type == "cpu"
         train(ctx)
         if not played.pins:
             assert not played.asked("pin_memory")
@@ -123,13 +151,50 @@ def test_a_loop_runs_and_nothing_of_the_machine_stays(row: Machine) -> None:
     assert outside() == before
 
 
+LIVE = {"cuda": "t4", "mps": "m2-macos15", "xpu": "max1550"}
+LIVE_KINDS = [kind for kind in LIVE if kind in KINDS]
+
+
 @pytest.mark.parametrize("live", [False, True])
-def test_nothing_stays_after_an_error(live: bool) -> None:
+@pytest.mark.parametrize("kind", LIVE_KINDS)
+def test_nothing_stays_after_an_error(kind: str, live: bool) -> None:
     before = outside()
-    with pytest.raises(ZeroDivisionError), play("t4", live=live), DeviceContext().autocast():
+    with pytest.raises(ZeroDivisionError), play(LIVE[kind], live=live), DeviceContext().autocast():
+        assert outside() != before
         raise ZeroDivisionError
     assert outside() == before
-    assert not torch.is_autocast_enabled("cuda")
+    assert not torch.is_autocast_enabled(kind)
+
+
+@pytest.mark.parametrize("outer", LIVE_KINDS)
+def test_a_play_within_another_leaves_it_as_it_was(outer: str) -> None:
+    with play(LIVE[outer], live=True) as first:
+        before = outside()
+        for inner in LIVE_KINDS:
+            with play(LIVE[inner], live=True) as second:
+                assert torch.zeros(1, device=inner).device.type == inner
+                assert (first.active, second.active) == (True, True)
+            assert (first.active, second.active) == (True, False)
+            assert outside() == before
+        assert torch.zeros(1, device=outer).device.type == outer
+
+
+def test_a_play_that_is_refused_changes_nothing() -> None:
+    before = outside()
+    for refused in ({"live": True, "memroy": 1}, {"memory": 1}, {"count": 0}):
+        with pytest.raises(MachineError):
+            play("t4", **refused).__enter__()  # type: ignore[arg-type]
+    with pytest.raises(portable_amp.DeviceError):
+        play("gaudi2", live=True).__enter__()
+    assert outside() == before
+
+
+def test_where_torch_has_no_registry_of_guards_live_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    with pytest.raises(portable_amp.DeviceError, match="live=True needs Linux or macOS"):
+        play("t4", live=True).__enter__()
 
 
 def test_the_real_readers_read_the_played_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +253,66 @@ def test_every_way_to_the_device_is_seen() -> None:
         assert x.to("cpu") is x
         assert ways[0].to("cuda") is ways[0]
         assert not ways[0].cpu().is_cuda
+        assert x.to("meta").is_meta
         assert ways[0].to("meta").is_meta
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("kind", LIVE_KINDS)
+def test_a_number_is_a_device_of_the_machine(kind: str, live: bool) -> None:
+    x = torch.ones(2)
+    with play(LIVE[kind], live=live) as played:
+        ways = [x.to(0), x.to(device=0), torch.zeros(2, device=0), torch.tensor([0], device=0)]
+        for made in ways:
+            assert made.device == torch.device(kind if live else "cpu", 0 if live else None)
+        with pytest.raises(RuntimeError, match="invalid device ordinal"):
+            torch.zeros(2, device=1)
+        assert len(played.asked("copy")) == 2
+
+
+def test_every_pair_of_places_obeys_torchs_own_rules() -> None:
+    """The oracle is the CPU: what `.to` gives there, but for the device."""
+    there = torch.arange(8.0).reshape(1, 2, 2, 2)
+    formats = (torch.preserve_format, torch.channels_last)
+    places = ("cpu", "cuda:0", "cuda:1")
+    with play("a100", live=True, count=2) as played:
+        for source, target, dtype, copy, layout in itertools.product(
+            places, places, (None, torch.float32, torch.float16), (False, True), formats
+        ):
+            given = there if source == "cpu" else there.to(source)
+            played.calls.clear()
+            got = given.to(target, dtype, copy=copy, memory_format=layout)
+            moves = source != target
+            twin = there.to(dtype or torch.float32, copy=copy or moves, memory_format=layout)
+            assert (str(got.device), got.dtype, got.stride()) == (target, twin.dtype, twin.stride())
+            assert got.tolist() == there.tolist()
+            assert (got is given) is (twin is there)
+            assert played.calls == [Call("copy", False, False, None)] * moves
+
+
+def test_what_is_there_already_is_not_copied() -> None:
+    nchw = torch.zeros(1, 2, 2, 2)
+    with play("a100", live=True, count=2) as played:
+        here = nchw.cuda()
+        assert nchw.cpu() is nchw
+        assert here.cuda() is here.cuda(0) is here.cuda(torch.device("cuda:0")) is here
+        assert len(played.asked("copy")) == 1
+        assert here.cuda(1).device.index == 1
+        for moved in (
+            nchw.cuda(memory_format=torch.channels_last),
+            here.cpu(memory_format=torch.channels_last),
+        ):
+            assert moved.is_contiguous(memory_format=torch.channels_last)
+        assert here.to(memory_format=torch.channels_last).device == here.device
+
+
+@pytest.mark.parametrize("device", [True, False, 1.5, [], object()], ids=repr)
+def test_what_names_no_device_is_refused_in_torchs_own_words(device: Any) -> None:
+    with pytest.raises(TypeError) as real:
+        torch.zeros(2, device=device)
+    with play("a100", live=True, count=2), pytest.raises(TypeError) as caught:
+        torch.zeros(2, device=device)
+    assert str(caught.value) == str(real.value)
 
 
 def test_the_current_device() -> None:
@@ -208,6 +332,21 @@ def test_a_copy_to_a_device_is_a_copy() -> None:
         y = x.to("cuda")
         y += 1
     assert x.tolist() == [0, 0]
+
+
+def test_what_is_on_the_device_is_not_pinned() -> None:
+    with play("a100", live=True, count=2) as played:
+        pinned = torch.zeros(2).pin_memory()
+        there = pinned.to("cuda:0", non_blocking=True)
+        assert pinned.is_pinned()
+        assert not there.is_pinned()
+        assert there.to("cuda:1", non_blocking=True).to("cpu", non_blocking=True).sum() == 0
+    assert played.calls == [
+        Call("pin_memory", False, False, None),
+        Call("copy", True, True, None),
+        Call("copy", True, False, None),
+        Call("copy", True, False, None),
+    ]
 
 
 def test_pinning_as_there() -> None:
@@ -266,10 +405,49 @@ def test_one_process_is_one_machine_at_a_time() -> None:
         with play("t4"):
             pass
 
-    with play("a100"), ThreadPoolExecutor(1) as pool:
-        refused = pool.submit(other).exception()
-    assert isinstance(refused, MachineError)
-    assert "another thread plays a100" in str(refused)
+    with ThreadPoolExecutor(1) as pool:
+        with play("a100"):
+            outer = pool.submit(other).exception()
+            with play("h100"):
+                inner = pool.submit(other).exception()
+        assert pool.submit(other).exception() is None
+    assert isinstance(outer, MachineError)
+    assert isinstance(inner, MachineError)
+    assert "another thread plays a100" in str(outer)
+    assert "another thread plays h100" in str(inner)
+
+
+@pytest.mark.parametrize("region", [torch.autocast, maybe_autocast])
+def test_regions_of_the_device_are_recorded_where_they_are_on(region: Any) -> None:
+    def enter() -> None:
+        for arguments in (
+            ("cuda", torch.float16), ("cuda", torch.bfloat16, False), ("cpu", torch.bfloat16),
+        ):  # fmt: skip
+            with region(*arguments):
+                pass
+
+    with ThreadPoolExecutor(1) as older:
+        older.submit(int).result()  # a thread that does not play the tensors
+        for run in (lambda: enter(), lambda: older.submit(enter).result()):
+            with play("t4") as played:
+                run()
+            assert played.calls == [Call("autocast", False, False, torch.float16)]
+
+
+@pytest.mark.parametrize("scaler", [torch.amp.GradScaler, ScalerShim])
+def test_a_scaler_is_recorded_where_it_is_on(scaler: Any) -> None:
+    with play("t4") as played:
+        for enabled in (False, True):
+            scaler("cuda", enabled=enabled).scale(torch.ones(()))
+    assert played.calls == [Call("scale", False, False, None)]
+
+
+def test_nothing_is_recorded_after_the_block() -> None:
+    with play("t4") as played:
+        event = torch.cuda.Event()
+        event.record()
+    event.record()
+    assert played.calls == [Call("record_event")]
 
 
 def test_a_vendors_device_is_listed_once() -> None:
@@ -328,8 +506,14 @@ def test_calls_are_recorded_with_what_matters() -> None:
         (lambda: machine("t4", "2.77"), "there is 2.7"),
         (lambda: play("t4", flaot64=False).__enter__(), "no option 'flaot64'; did you mean 'float"),
         (lambda: play("t4", zzz=1).__enter__(), "no option 'zzz'; there is memory, float64"),
-        (lambda: play("t4", memory=1).__enter__(), "it needs live=True"),
-        (lambda: play("t4", count=0).__enter__(), "a machine has 1 device or more"),
+        *(
+            (lambda name=name: play("t4", **{name: 1}).__enter__(), f"play({name}=...) is about")
+            for name in ("memory", "late_copies", "slow", "wrong")
+        ),
+        *(
+            (lambda count=count: play("t4", count=count).__enter__(), "1 device or more")
+            for count in (0, -1, True, 1.0, "2")
+        ),
         (lambda: play("t44").__enter__(), "no machine 't44' in the catalogue; there is t4"),
         (lambda: play("t4", torch_version="1.13").__enter__(), "no torch '1.13'"),
     ],
@@ -354,3 +538,74 @@ def test_a_live_batch_can_be_cut_in_inference_mode() -> None:
         with torch.inference_mode():
             part = batch[2:4] + torch.ones(2, device="cuda")
         assert part.cpu().tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_generator_is_of_the_played_device(live: bool) -> None:
+    real, before = torch.Generator, torch.Generator()
+    with play("mi250"), play("t4", live=live):
+        generator = torch.Generator(device="cuda").manual_seed(3)
+        assert generator.device == torch.device("cuda", 0)
+        assert isinstance(generator, torch.Generator)
+        assert isinstance(before, torch.Generator)
+        drawn = torch.zeros(4, device="cuda").uniform_(generator=generator).cpu()
+        assert torch.Generator().device == torch.device("cpu")
+        with pytest.raises(RuntimeError, match=r"(?i)mps"):
+            torch.Generator("mps")
+    assert torch.Generator is real
+    assert torch.equal(drawn, torch.zeros(4).uniform_(generator=before.manual_seed(3)))
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("given", [None, True, False])
+@pytest.mark.parametrize("kind", LIVE_KINDS)
+def test_float64_is_the_machines_or_what_is_said(kind: str, given: bool | None, live: bool) -> None:
+    has = machine(LIVE[kind]).hardware.float64 if given is None else given
+    with play(LIVE[kind], live=live, **({} if given is None else {"float64": given})):
+        assert DeviceContext().capabilities.float64 is has
+        there = contextlib.nullcontext() if has else pytest.raises((TypeError, RuntimeError))
+        with there:
+            torch.zeros(1, dtype=torch.float64, device=kind)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_device_has_books_and_random_numbers_of_its_own(count: int) -> None:
+    with play("t4", live=True, count=count) as played:
+        assert torch.cuda.device_count() == count
+        last = f"cuda:{count - 1}"
+        before = [torch.cuda.get_rng_state(index) for index in range(count)]
+        assert all(torch.equal(state, torch.Generator().get_state()) for state in before)
+        torch.cuda.set_rng_state(torch.Generator().manual_seed(3).get_state(), last)
+        changed = [
+            not torch.equal(old, torch.cuda.get_rng_state(index))
+            for index, old in enumerate(before)
+        ]
+        assert changed == [False] * (count - 1) + [True]
+        kept = torch.zeros(25, device=last)
+        assert [torch.cuda.memory_allocated(index) for index in range(count)] == [
+            *[0] * (count - 1), kept.nbytes,
+        ]  # fmt: skip
+        assert played.memory.allocated == (kept.nbytes if count == 1 else 0)
+        assert played.memory.limit == machine("t4").hardware.total_memory
+    with play("t4") as played:
+        assert torch.cuda.device_count() == 1
+
+
+def test_a_machine_without_autocast_has_none() -> None:
+    row = machine("t4")
+    with play(replace(row, hardware=replace(row.hardware, autocast=False))) as played:
+        assert not DeviceContext().capabilities.autocast
+    assert not played.machine.capabilities.autocast
+    # A device for which torch itself has none.
+    with play(replace(row, hardware=replace(row.hardware, device_type="vulkan"))) as played:
+        assert not played.machine.capabilities.autocast
+
+
+def test_the_host_is_played_live_like_any_other_machine() -> None:
+    before = outside()
+    with play("cpu", live=True, memory=1) as played:
+        assert DeviceContext().device.type == "cpu"
+        assert torch.ones(2).sum() == 2
+        assert not played.asked("copy")
+        assert not torch.cuda.is_available()
+    assert outside() == before

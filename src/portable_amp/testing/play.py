@@ -65,7 +65,7 @@ class Played:
         self.active = True
         self.kind = machine.hardware.device_type
         self.current = 0
-        self.generators = [torch.Generator().manual_seed(0) for _ in range(count)]
+        self.generators = [torch.Generator() for _ in range(count)]
         self._here = threading.local()
         self.row = kind_of(self.kind, amd=bool(machine.hardware.arch))
         self.places = [
@@ -189,8 +189,6 @@ class Played:
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Whether `pin` made it, or what it is a view of."""
-        if isinstance(tensor, Shadow):
-            return False
         return getattr(tensor.untyped_storage(), "_played_as_pinned", False)
 
     def _place(self, device: torch.device, quirks: Quirks) -> Place:
@@ -306,7 +304,7 @@ def _quirks(given: dict[str, Any], *, live: bool) -> Quirks:
     names = [field.name for field in fields(Quirks)]
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
+            near = difflib.get_close_matches(name, names)
             hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(names)}"
             raise MachineError(f"play() has no option {name!r}; {hint}")
         if not live and name != "float64":
@@ -316,11 +314,12 @@ def _quirks(given: dict[str, Any], *, live: bool) -> Quirks:
 
 @contextlib.contextmanager
 def _one_thread_plays() -> Iterator[None]:
-    if _playing and _playing[-1][0] != threading.get_ident():
-        raise MachineError(
-            f"another thread plays {_playing[-1][1].machine.key}, and a process can only be one "
-            "machine at a time"
-        )
+    for thread, played in reversed(_playing):
+        if thread != threading.get_ident():
+            raise MachineError(
+                f"another thread plays {played.machine.key}, and a process can only be one machine "
+                "at a time"
+            )
     yield
 
 

@@ -34,29 +34,30 @@ _PRODUCTS = {
     _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default,
     _aten.mv.default, _aten.addmv.default, _aten.convolution.default,
 }  # fmt: skip
-_MAY_MIX = {
-    _aten.copy_.default, _aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default,
+# Their second argument may stay on the CPU: indices, lengths.
+_TAKE_CPU_TENSORS = {
+    _aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default,
+    _aten._pack_padded_sequence.default,
 }  # fmt: skip
 _SOFTMAX = {_aten._softmax.default, _aten._log_softmax.default}
-_HOST = torch.device("cpu")
 _SECONDS_PER_SLOW_PRODUCT = 1e-3
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Place:
     """One played device: where it is, what it holds, what it cannot do."""
 
     device: torch.device
     ledger: Ledger
-    missing: tuple[torch.dtype, ...] = ()
+    missing: tuple[torch.dtype, ...]
     """Dtypes of which it has no tensors."""
-    no_dtype: Callable[[torch.dtype], Exception] = TypeError
+    no_dtype: Callable[[torch.dtype], Exception]
     """Makes the backend's own error for these."""
-    slow: frozenset[torch.dtype] = frozenset()
+    slow: frozenset[torch.dtype]
     """Dtypes whose matrix products take a millisecond more."""
-    wrong: frozenset[torch.dtype] = frozenset()
+    wrong: frozenset[torch.dtype]
     """Dtypes whose matrix products are NaN."""
-    late_copies: bool = False
+    late_copies: bool
     """An asynchronous copy reads its source only when the device needs it."""
 
     pending: list[weakref.ref[Shadow]] = field(default_factory=list)
@@ -101,7 +102,7 @@ class _Late:
         memory = self.memory()
         with torch.no_grad(), _unwatched():
             if memory is not None:
-                raw.copy_(torch.empty(0, dtype=raw.dtype).set_(memory, *self.view))
+                raw.copy_(torch.tensor((), dtype=raw.dtype).set_(memory, *self.view))
             elif raw.is_floating_point():
                 raw.fill_(float("nan"))
             else:
@@ -115,11 +116,12 @@ class Shadow(torch.Tensor):
     _raw: torch.Tensor
     _late: _Late | None
     _grad_shadow: Shadow | None
+    _is_param: bool
+    """The mark of torch.nn.Parameter."""
 
     # Subclasses' __torch_function__ would run for each call; the dispatcher is where we work.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @staticmethod
     def __new__(cls, raw: torch.Tensor, place: Place) -> Shadow:
         place.admit(raw)
         # A view of an ordinary tensor is one in inference mode, too.
@@ -182,6 +184,7 @@ class Shadow(torch.Tensor):
     @data.setter
     def data(self, value: Shadow) -> None:
         fresh = Shadow(value.raw.detach().requires_grad_(self.requires_grad), value.place)
+        fresh._is_param = isinstance(self, torch.nn.Parameter)
         torch.utils.swap_tensors(self, fresh)
 
     def requires_grad_(self, requires_grad: bool = True) -> Shadow:
@@ -231,7 +234,7 @@ class Shadow(torch.Tensor):
             copied = Shadow(
                 self.raw.detach().clone().requires_grad_(self.requires_grad), self.place
             )
-            copied.__dict__.update(_of_parameter(self))
+            copied._is_param = isinstance(self, torch.nn.Parameter)
             if self.grad is not None:
                 copied._raw.grad = self.grad.raw.clone()
             memo[id(self)] = copied
@@ -249,17 +252,20 @@ class Shadow(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.prim.device.default:
-            return args[0].place.device
         kwargs = dict(kwargs or {})
         shadows = shadows_in((args, kwargs))
         place = shadows[0].place
-        target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-        if target is None and func not in _MAY_MIX:
-            one_device(place, (args, kwargs))
-        if target is not None:
-            kwargs.update(device=_HOST)
+        if func is torch.ops.prim.device.default:
+            return place.device
+        leaves = kwargs.get("device") is not None  # for the CPU, from where `Operations` goes on
+        if leaves:
             kwargs.pop("pin_memory", None)
+        elif func in _TAKE_CPU_TENSORS:
+            one_device(place, (args[0], shadows_in(args[1]), args[2:]))
+            if func is _aten._pack_padded_sequence.default and shadows_in(args[1]):
+                raise RuntimeError("'lengths' argument should be a 1D CPU int64 tensor")
+        elif func is not _aten.copy_.default:
+            one_device(place, (args, kwargs))
         args, kwargs = bare((args, kwargs))
         # Above autograd again, for `raw` has the graph; and past the modes, which saw the shadows.
         with enable_reentrant_dispatch(), torch._C._DisableTorchDispatch():
@@ -268,8 +274,10 @@ class Shadow(torch.Tensor):
             out = func(*args, **kwargs)
             if func in _PRODUCTS:
                 out = _with_quirks(out, place)
-        if target is not None and target == _HOST:
+        if leaves:
             return out
+        if func is _aten._pack_padded_sequence.default:
+            return Shadow(out[0], place), out[1]  # the batch sizes are the CPU's
         known = {id(shadow._raw): shadow for shadow in shadows}
 
         def wrap(item: Any) -> Any:
@@ -278,7 +286,7 @@ class Shadow(torch.Tensor):
             outer = known.get(id(item))
             if outer is None:
                 return Shadow(item, place)
-            if outer.shape != item.shape or outer.dtype is not item.dtype:
+            if (outer.shape, outer.stride()) != (item.shape, item.stride()):
                 raise NotImplementedError(
                     f"{func} changes the shape of a tensor in place, which is not played; "
                     "use the function that returns a new tensor"
@@ -307,11 +315,6 @@ def on_raw(func: Callable[..., Any], place: Place, *args: Any, **kwargs: Any) ->
     return tree_map(
         lambda item: Shadow(item, place) if isinstance(item, torch.Tensor) else item, out
     )
-
-
-def _of_parameter(shadow: Shadow) -> dict[str, Any]:
-    """The mark of torch.nn.Parameter, where the tensor has it."""
-    return {"_is_param": True} if getattr(shadow, "_is_param", False) else {}
 
 
 def one_device(place: Place, arguments: Any) -> None:
@@ -347,7 +350,6 @@ def _unwatched() -> Iterator[None]:
 
 # c10::DeviceType, whose numbers are part of torch's ABI.
 _DEVICE_NUMBER = {"cuda": 1, "xpu": 12, "mps": 13, "meta": 14}
-_LIBRARY = {"linux": "libc10.so", "darwin": "libc10.dylib"}
 _REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
 
 
@@ -367,11 +369,10 @@ def guarded(device_type: str) -> Iterator[None]:
             f"live=True plays {known}, not {device_type}, whose rules come with the vendor's "
             "plugin. Leave live out, or give a process of its own a new_accelerator()"
         )
-    name = _LIBRARY.get(sys.platform)
-    if name is None:
+    library = next(Path(torch.__file__).parent.glob("lib/libc10.*"), None)  # Windows has c10.dll
+    if library is None:
         raise DeviceError(f"live=True needs Linux or macOS; this is {sys.platform}. Leave live out")
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-    slots = (ctypes.c_void_p * (max(_DEVICE_NUMBER.values()) + 1)).in_dll(library, _REGISTRY)
+    slots = ctypes.pointer(ctypes.c_void_p.in_dll(ctypes.CDLL(str(library)), _REGISTRY))
     number = _DEVICE_NUMBER[device_type]
     before, slots[number] = slots[number], slots[_DEVICE_NUMBER["meta"]]
     try:

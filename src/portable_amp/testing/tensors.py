@@ -28,7 +28,7 @@ class Functions(TorchFunctionMode):
             torch.Tensor.to: self._to,
             torch.Tensor.cuda: self._to_kind("cuda"),
             torch.Tensor.xpu: self._to_kind("xpu"),
-            torch.Tensor.cpu: lambda tensor, *_, **__: played.move(tensor, _HOST),
+            torch.Tensor.cpu: self._cpu,
             torch.Tensor.pin_memory: lambda tensor, *_, **__: played.pin(tensor),
             torch.Tensor.is_pinned: lambda tensor, *_, **__: played.is_pinned(tensor),
             torch.Tensor.new_tensor: self._new_tensor,
@@ -65,6 +65,11 @@ class Functions(TorchFunctionMode):
             tensor, device, dtype, non_blocking, copy=copy, memory_format=memory_format
         )
 
+    def _cpu(
+        self, tensor: torch.Tensor, memory_format: torch.memory_format | None = None
+    ) -> torch.Tensor:
+        return self.played.move(tensor, _HOST, memory_format=memory_format)
+
     def _to_kind(self, name: str) -> Callable[..., Any]:
         def to_kind(
             tensor: torch.Tensor,
@@ -88,9 +93,15 @@ class Functions(TorchFunctionMode):
         device: Any = None,
         requires_grad: bool = False,
     ) -> torch.Tensor:
-        made = torch.tensor(data, dtype=dtype or like.dtype, requires_grad=requires_grad)
         where = like.device if device is None else device
-        return self.played.arrive(made, where) if self.played.owns(where) else made
+        there = self.played.owns(where)
+        made = torch.tensor(
+            data,
+            dtype=dtype or like.dtype,
+            device=_HOST if there else where,
+            requires_grad=requires_grad,
+        )
+        return self.played.arrive(made, where) if there else made
 
 
 class Operations(TorchDispatchMode):
@@ -111,10 +122,10 @@ class Operations(TorchDispatchMode):
             if place is not None:
                 tree_map(lambda o: place.admit(o) if isinstance(o, torch.Tensor) else None, out)
             return out
-        if shadows_in(args):
-            return func(*args, **kwargs)
         given = next((item for item in args if isinstance(item, torch.Tensor)), None)
-        if given is not None and given.requires_grad and torch.is_grad_enabled():
+        # The graph of a shadow is that of the CPU's tensors, and goes on.
+        plain = given is not None and not isinstance(given, Shadow) and given.requires_grad
+        if plain and torch.is_grad_enabled():
             raise NotImplementedError(
                 f"{func} moves a tensor that requires a gradient to {device} inside torch, which "
                 "is not played; call .to() from Python before"
