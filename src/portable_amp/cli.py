@@ -38,10 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     migrate.add_arguments(commands)
     options = parser.parse_args(arguments)
     try:
-        return _doctor(as_json=options.json) if options.command == "doctor" else _migrate(options)
+        code = _doctor(as_json=options.json) if options.command == "doctor" else _migrate(options)
+        sys.stdout.flush()  # else a reader that left would show when Python ends
     except PortableAmpError as error:
         print(f"portable-amp: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
 
 
 def _migrate(options: argparse.Namespace) -> int:
@@ -53,11 +60,6 @@ def _migrate(options: argparse.Namespace) -> int:
         why = str(error)
     except FileNotFoundError as error:
         why = f"there is no {str(error)!r}"
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     print(f"portable-amp: {why}", file=sys.stderr)
     return 2
 

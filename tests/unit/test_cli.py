@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,7 +111,7 @@ def test_what_is_warned_of_meanwhile_is_a_note_once(monkeypatch: pytest.MonkeyPa
     assert [device["device"] for device in found["devices"]] == ["cuda:0", "cuda:1", "cpu"]
 
 
-@pytest.mark.parametrize("key", ["t4", "m2-macos15", "arc-a770", "cpu-avx512bf16"])
+@pytest.mark.parametrize("key", ["t4", "m2-macos15", "arc-a770", "gaudi2", "cpu-avx512bf16"])
 def test_the_findings_are_those_of_the_machine(key: str) -> None:
     with play(key) as played:
         found = doctor.diagnose()
@@ -216,6 +218,46 @@ def test_an_error_of_ours_is_one_line_and_exit_code_2(
     assert cli.main(["doctor"]) == 2
     streams = capsys.readouterr()
     assert (streams.out, streams.err) == ("", "portable-amp: cpu is lost\n")
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["check", "."]], ids=" ".join)
+def test_a_reader_that_has_seen_enough_ends_it_in_silence(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.py").write_text("import torch\nx = torch.ones(2).cuda()\n")
+    assert cli.main(words) == (words[0] == "check")
+    read, write = os.pipe()
+    os.close(read)
+    capsys.readouterr()
+    with monkeypatch.context() as patch, os.fdopen(write, "w") as left:
+        patch.setattr(sys, "stdout", left)
+        assert cli.main(words) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_it_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupted)
+    assert cli.main(["doctor"]) == 130
+
+
+@pytest.mark.parametrize(("factor", "first", "last"), [(1.0, 1, 1), (2.0**6, 2, 23)])
+def test_it_trains_until_a_step_is_taken(
+    factor: float, first: int, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda *a, **k: real(*a, **k) * factor
+    )
+    with play("t4", live=True) as played:
+        assert doctor.training_step(DeviceContext("cuda")) == {"ok": True, "error": None}
+    assert first <= len(played.asked("scale")) <= last
 
 
 def test_a_step_that_raises_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
