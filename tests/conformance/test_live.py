@@ -400,6 +400,19 @@ def test_like_a_tensor_there_on_any_device() -> None:
         assert w.grad.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("options", ["is_causal", "attn_mask", "scale"])
+def test_attention_takes_its_options_there(options: str) -> None:
+    q = torch.arange(8.0).reshape(1, 1, 4, 2) / 8
+    mask = torch.eye(4, dtype=torch.bool)
+    given: dict[str, Any] = {"is_causal": True, "attn_mask": mask, "scale": 2.0}
+    expected = F.scaled_dot_product_attention(q, q, q, **{options: given[options]})
+    with play("t4", live=True):
+        there, given["attn_mask"] = q.to("cuda"), mask.to("cuda")
+        got = F.scaled_dot_product_attention(there, there, there, **{options: given[options]})
+        assert got.device == there.device
+    assert got.tolist() == expected.tolist()
+
+
 def test_sequences_are_packed_and_unpacked() -> None:
     x = torch.arange(12.0).reshape(2, 3, 2)
     with play("t4", live=True):
@@ -682,15 +695,22 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_a_product_is_slow_or_wrong_where_its_dtype_is(product: str, waits: list[float]) -> None:
-    slow, wrong = torch.float16, torch.bfloat16
-    with play("a100", live=True, slow=(slow,), wrong=(wrong,)):
-        for dtype in (torch.float32, slow, wrong):
-            x = torch.ones(2, 2, device="cuda", dtype=dtype)
-            (x + x).exp()  # nothing shows here
-            waits.clear()
-            assert PRODUCTS[product](x).isnan().all().item() is (dtype is wrong)
-            assert waits == ([1e-3] if dtype is slow else [])
-            assert x.exp().isfinite().all().item()
+    with play("a100", live=True, slow=(torch.float16,), wrong=(torch.bfloat16,)):
+        assert PRODUCTS[product](torch.ones(2, 2).cuda()).cpu().isfinite().all()
+        assert waits == []
+        assert PRODUCTS[product](torch.ones(2, 2).bfloat16().cuda()).cpu().isnan().all()
+        assert waits == []
+        assert PRODUCTS[product](torch.ones(2, 2).half().cuda()).cpu().isfinite().all()
+        assert waits == [1e-3]
+
+
+def test_only_products_are_slow_or_wrong(waits: list[float]) -> None:
+    both = (torch.float16, torch.bfloat16)
+    with play("a100", live=True, slow=both, wrong=both):
+        for dtype in both:
+            x = torch.ones(2, 2).to("cuda", dtype)
+            assert ((x + x).exp() * x).cpu().isfinite().all()
+    assert waits == []
 
 
 @pytest.mark.parametrize("key", ["t4", "gtx1660", "a100"])
@@ -700,8 +720,8 @@ def test_what_is_slow_or_wrong_is_what_the_machine_is_known_for(
     with play(key, live=True) as played:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             waits.clear()
-            x = torch.ones(2, 2, device="cuda", dtype=dtype)
-            assert (x @ x).isnan().all().item() is (dtype in played.machine.wrong)
+            x = torch.ones(2, 2).to("cuda", dtype)
+            assert (x @ x).cpu().isnan().all().item() is (dtype in played.machine.wrong)
             assert bool(waits) is (dtype in played.machine.slow)
 
 

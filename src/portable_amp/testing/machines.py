@@ -57,7 +57,7 @@ def machine(key: str, torch_version: str | None = None) -> Machine:
     else:
         names = [row.key for row in MACHINES]
         near = [name for name in names if name.startswith(str(key))]
-        near = near or difflib.get_close_matches(str(key), names, n=3, cutoff=0.5) or names
+        near = near or difflib.get_close_matches(str(key), names, cutoff=0.5) or names
         raise MachineError(f"no machine {key!r} in the catalogue; there is {', '.join(near)}")
     if torch_version is None:
         return row
@@ -70,7 +70,7 @@ def _version(text: str) -> tuple[int, int]:
     found = re.match(r"(\d+)\.(\d+)(\.|$)", str(text))
     if found and f"{found[1]}.{found[2]}" in known:
         return int(found[1]), int(found[2])
-    near = difflib.get_close_matches(str(text), known, n=2) or [known[0], "...", known[-1]]
+    near = difflib.get_close_matches(str(text), known) or [known[0], "...", known[-1]]
     raise MachineError(f"no torch {text!r} for a machine to run; there is {', '.join(near)}")
 
 
