@@ -23,11 +23,7 @@ _ATTEMPTS = 24
 
 def diagnose() -> dict[str, Any]:
     """Everything the doctor tells, as plain data: what `portable-amp doctor --json` prints."""
-    names = [
-        f"{row.device_type}:{index}" if row.count() > 1 else row.device_type
-        for row in present()
-        for index in range(row.count())
-    ]
+    names = [f"{row.device_type}:{index}" for row in present() for index in range(row.count())]
     notes = _build_notes()
     try:
         chosen = str(resolve_device())

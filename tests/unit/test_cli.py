@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import portable_amp
 from portable_amp import DeviceContext, DeviceError, choose, cli, doctor
 from portable_amp.testing import play
 from portable_amp.traps import traps_for
@@ -78,11 +79,28 @@ def test_the_doctor_leaves_every_random_state_alone() -> None:
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_doctor_seeds_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeded: list[int] = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    assert doctor.training_step(DeviceContext("cpu"))["ok"]
-    assert not seeded
+def test_the_doctor_asks_no_device_for_its_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    with play("a100", count=2), monkeypatch.context() as patch:
+        for name in ("manual_seed_all", "get_rng_state", "set_rng_state"):
+            patch.setattr(torch.cuda, name, lambda *given: asked.append(given))
+        assert doctor.training_step(DeviceContext("cpu"))["ok"]
+        assert doctor.training_step(DeviceContext("cuda:1"))["ok"]
+    assert not asked
+
+
+def test_the_doctor_examines_the_same_network_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = torch.nn.functional.cross_entropy, []
+
+    def loss(out: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(out.tolist())
+        return real(out, targets)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", loss)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert doctor.training_step(DeviceContext("cpu"))["ok"]
+    assert seen[0] == seen[1]
 
 
 def test_the_doctor_leaves_logging_and_warnings_alone(
@@ -144,13 +162,39 @@ def test_the_findings_are_those_of_the_machine(key: str) -> None:
     assert found["system"] == f"{platform.system()} {platform.machine()}"
     assert found["torch"] == torch.__version__
     assert found["ok"] is all(device["step"]["ok"] for device in found["devices"])
-    report = doctor.report(found).splitlines()
-    assert report[0] == f"torch {torch.__version__}, Python {found['python']}, {found['system']}"
-    size = f", {can.total_memory / 2**30:.0f} GiB" if can.total_memory else ""
-    assert f"{device['device']}: {can.name}{size}  <- DeviceContext() takes it" in report
-    assert sum("takes it" in line for line in report) == 1
-    for line in (f"  seen: {can.evidence[0]}", f"  fp16 -> {device['plans']['fp16']['precision']}"):
-        assert any(told.startswith(line) for told in report)
+
+
+@pytest.mark.parametrize("key", ["t4", "m1-macos13", "gaudi2", "cpu"])
+def test_the_report_tells_every_finding(key: str) -> None:
+    with play(key):
+        found = doctor.diagnose()
+    head, *blocks = doctor.report(found).split("\n\n")
+    assert head.splitlines() == [
+        f"torch {torch.__version__}, Python {found['python']}, {found['system']}",
+        *(f"Note: {note}" for note in found["notes"]),
+    ]
+    for device, block in zip(found["devices"], blocks, strict=True):
+        told = block.splitlines()
+        memory, step = device["total_memory"], device["step"]
+        size = f", {memory / 2**30:.0f} GiB" if memory else ""
+        chosen = "  <- DeviceContext() takes it" if device["device"] == found["chosen"] else ""
+        assert told[0] == f"{device['device']}: {device['name']}{size}{chosen}"
+        assert [line for line in told if line.startswith("  seen: ")] == [
+            f"  seen: {seen}" for seen in device["evidence"]
+        ]
+        dtypes = re.findall(r"(float\d+|bfloat16) (\w+)", told[1])
+        assert dict(dtypes) == device["dtypes"]
+        scaled = " with a gradient scaler"
+        assert re.findall(rf"^  (\w+) -> (\w+)({scaled})?: (.+)$", block, re.MULTILINE) == [
+            (request, plan["precision"], scaled if plan["scaler"] else "", plan["reason"])
+            for request, plan in device["plans"].items()
+        ]
+        (line,) = [line for line in told if line.startswith("  training step: ")]
+        assert line.endswith("ran" if step["ok"] else f"FAILED: {step['error']}")
+        for trap in device["traps"]:
+            at = told.index(f"  trap: {trap['what']}")
+            assert told[at + 1] == f"    cure: {trap['cure']} ({trap['source']})"
+    assert doctor.report(found).count("DeviceContext() takes it") == 1
 
 
 def test_a_setting_that_names_no_device_is_noted(
@@ -162,11 +206,22 @@ def test_a_setting_that_names_no_device_is_noted(
     assert doctor.diagnose()["chosen"] == "none"
 
 
-def test_a_gpu_that_this_build_cannot_use_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name == "nvidia-smi" else None)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(torch.version, "hip", None)
-    assert "built without CUDA" in doctor.diagnose()["notes"][0]
+@pytest.mark.parametrize("there", ["nvidia-smi", "rocm-smi"])
+@pytest.mark.parametrize("cuda", [None, "12.8"])
+@pytest.mark.parametrize("hip", [None, "6.2"])
+def test_a_gpu_that_this_build_cannot_use_is_noted(
+    there: str, cuda: str | None, hip: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name == there else None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(doctor, "examine", lambda name: {"step": {"ok": True}})
+    monkeypatch.setenv("PORTABLE_AMP_DEVICE", "cuda:5")  # of this there is a note, too
+    *notes, last = doctor.diagnose()["notes"]
+    assert ["built without CUDA" in note for note in notes] == [True] * (
+        (there, cuda, hip) == ("nvidia-smi", None, None)
+    )
+    assert "'cuda:5'" in last
 
 
 @pytest.mark.parametrize("arguments", [[], ["doctr"], ["doctor", "--xml"], ["doctor", "x"], [""]])
@@ -190,6 +245,13 @@ def test_it_runs_as_a_module() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("portable-amp 0.")
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"portable-amp {portable_amp.__version__}\n"
 
 
 def test_help_says_what_each_command_and_option_is_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +279,7 @@ def test_an_error_of_ours_is_one_line_and_exit_code_2(
     monkeypatch.setattr(doctor, "examine", lost)
     assert cli.main(["doctor"]) == 2
     streams = capsys.readouterr()
-    assert (streams.out, streams.err) == ("", "portable-amp: cpu is lost\n")
+    assert (streams.out, streams.err) == ("", "portable-amp: cpu:0 is lost\n")
 
 
 @pytest.mark.parametrize("words", [["doctor"], ["check", "."]], ids=" ".join)
