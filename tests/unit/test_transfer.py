@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import random
-import sys
 import threading
 import types
 import warnings
 from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Iterator, MutableMapping, MutableSequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from portable_amp import DeviceContext, PrecisionFallbackWarning
 from portable_amp.nested import held_by, slice_of, tensors_in
 from portable_amp.notices import forget as forget_notices
-from portable_amp.testing import play, shadow
+from portable_amp.testing import play
 from portable_amp.transfer import seed_worker, to_device
 from support import playing
 
@@ -624,17 +621,6 @@ def test_every_epoch_of_a_played_loader_is_pinned() -> None:
         for epoch in (1, 2):
             assert all(batch.is_pinned() for (batch,) in loader)
             assert len(played.asked("pin_memory")) == 2 * epoch
-
-
-def test_the_guard_of_devices_is_put_back_even_after_an_error() -> None:
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / shadow._LIBRARY[sys.platform]))
-    slots = (ctypes.c_void_p * 15).in_dll(library, shadow._REGISTRY)
-    before = list(slots)
-    for device_type in ("cuda", "xpu", "mps"):
-        with pytest.raises(KeyError), shadow.guarded(device_type):
-            assert list(slots) != before
-            raise KeyError
-        assert list(slots) == before
 
 
 def test_every_seed_of_a_worker_is_another_one_for_numpy_and_python() -> None:
