@@ -51,7 +51,6 @@ OWN = {
     "numerics": ["tests/unit/test_numerics.py"],
     "plan_cache": ["tests/unit/test_tuning.py"],
     "portable_amp_pytest": ["tests/unit/test_pytest_plugin.py"],
-    "numerics": ["tests/unit/test_numerics.py"],
     "testing/plugin": ["tests/accelerator"],
     "testing/accelerator": ["tests/accelerator"],
     "testing/machines": ["tests/unit/test_precision.py", "tests/unit/test_play.py"],

@@ -55,10 +55,10 @@ class DropStatement(Own):
         if node.type != "simple_stmt":
             return
         what = node.children[0]
-        last = what.children[-1] if what.type == "atom_trailers" else what
+        last = what.children[-1] if what.type == "atom_expr" else what
         call = last.type == "trailer" and last.children[0] == "("
         written = what.type == "expr_stmt" and (
-            what.children[0].type in ("atom_trailers", "power")
+            what.children[0].type == "atom_expr"
             or (what.children[1].type == "operator" and what.children[1].value != "=")
         )
         if call or written or what.type in ("del_stmt", "raise_stmt") or what == "raise":
