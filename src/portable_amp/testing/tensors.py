@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from portable_amp.testing.shadow import Shadow, bare, on_raw, one_device, shadows_in
 
@@ -41,15 +41,17 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.played.active:  # a thread that outlived the block
             return func(*args, **kwargs)
+        device = kwargs.get("device")
+        if type(device) is int and self.played.owns(device):  # an index, on the accelerator
+            device = torch.device(self.played.kind, device)
+            kwargs = {**kwargs, "device": device}
         answer = self.answers.get(func)
         if answer:
             return answer(*args, **kwargs)
         if kwargs.get("requires_grad") and shadows_in(args):  # torch tells the outline, not `raw`
             return func(*args, **{**kwargs, "requires_grad": False}).requires_grad_()
-        device = kwargs.get("device")
         if device is None or not self.played.owns(device) or shadows_in(args):
             return func(*args, **kwargs)
-        # A number is a device's index, on the accelerator.
         return self.played.arrive(func(*args, **{**kwargs, "device": _HOST}), device)
 
     def _to(self, tensor: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Any:
@@ -181,6 +183,11 @@ def composites(played: Played) -> list[tuple[Any, str, Any]]:
     ]
 
 
+def _is_float(item: Any) -> bool:
+    """A tensor of numbers; the sizes of a batch are integers, and the CPU's in any case."""
+    return isinstance(item, torch.Tensor) and item.is_floating_point()
+
+
 def _on_cpu(real: Callable[..., Any]) -> Callable[..., Any]:
     """`real`, one that autocast casts to 16 bits, computed by the CPU where it is given shadows."""
 
@@ -189,15 +196,11 @@ def _on_cpu(real: Callable[..., Any]) -> Callable[..., Any]:
         if not shadows:
             return real(*args, **kwargs)
         place = shadows.pop().place
-        one_device(place, (args, kwargs))
+        one_device(place, [one for one in tree_leaves((args, kwargs)) if _is_float(one)])
         if torch.is_autocast_enabled(place.device.type):
             dtype = torch.get_autocast_dtype(place.device.type)
             args, kwargs = tree_map(
-                lambda item: (
-                    item.to(dtype)
-                    if isinstance(item, Shadow) and item.is_floating_point()
-                    else item
-                ),
+                lambda item: item.to(dtype) if _is_float(item) else item,
                 (args, kwargs),
             )
         return on_raw(real, place, *args, **kwargs)
