@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,22 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _before_monkeypatch() -> Iterator[None]:
+    """What a test puts in place of a function of a back end does not outlive it."""
+    owners = [torch.cuda, torch.xpu, torch.mps, torch.backends.mps]
+    owners += [torch.accelerator] if hasattr(torch, "accelerator") else []
+    before = [
+        (owner, name, value)
+        for owner in owners
+        for name, value in vars(owner).items()
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
+    ]
+    yield
+    for owner, name, value in before:
+        assert getattr(owner, name, None) is value, f"a test left another {owner.__name__}.{name}"
 
 
 @pytest.fixture(autouse=True)

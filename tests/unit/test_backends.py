@@ -371,6 +371,6 @@ def test_a_torch_that_cannot_tell_the_current_device_means_the_first(
     def fails() -> int:
         raise kind("no driver")
 
-    with playing("t4", count=2):
-        monkeypatch.setattr(torch.cuda, "current_device", fails)
+    with playing("t4", count=2), monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", fails)
         assert resolve_device().index == 0

@@ -210,12 +210,11 @@ def test_the_cache_is_kept_below_the_pressure_that_is_named() -> None:
 
 def test_synchronize_asks_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    with playing("m2-macos14"):
-        monkeypatch.setattr(torch.mps, "synchronize", lambda: asked.append("mps"))
+    with playing("m2-macos14"), monkeypatch.context() as patch:
+        patch.setattr(torch.mps, "synchronize", lambda: asked.append("mps"))
         DeviceContext().synchronize()
-        monkeypatch.undo()
-    with playing("a100", count=2):
-        monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    with playing("a100", count=2), monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", asked.append)
         DeviceContext("cuda:1").synchronize()
     DeviceContext("cpu").synchronize()
     assert asked == ["mps", torch.device("cuda:1")]

@@ -57,8 +57,8 @@ def test_pressure_decides() -> None:
 
 def test_a_cache_that_grows_meanwhile_gives_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
     reserved = iter((1000, 1500))
-    with play("t4"):
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: next(reserved))
+    with play("t4"), monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "memory_reserved", lambda *_: next(reserved))
         assert clear_cache() == 0
 
 
@@ -80,8 +80,8 @@ def test_what_cannot_be_told_before_or_after_is_not(
 
 
 def test_without_statistics_pressure_never_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    with play("t4") as played:
-        monkeypatch.delattr(torch.cuda, "memory_reserved")
+    with play("t4") as played, monkeypatch.context() as patch:
+        patch.delattr(torch.cuda, "memory_reserved")
         assert clear_cache(min_pressure=0.0) is None
         assert not played.asked("empty_cache")
 
@@ -92,8 +92,8 @@ def test_the_cpu_has_nothing_to_clear() -> None:
 
 
 def test_an_old_torch_without_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    with play("m2-macos14"):
-        monkeypatch.delattr(torch.mps, "empty_cache")
+    with play("m2-macos14"), monkeypatch.context() as patch:
+        patch.delattr(torch.mps, "empty_cache")
         assert clear_cache() is None
 
 
@@ -106,9 +106,9 @@ def test_a_failing_torch_never_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*args: object) -> None:
         raise AssertionError("INTERNAL ASSERT FAILED")
 
-    with play("m2-macos14"):
-        monkeypatch.setattr(torch.mps, "empty_cache", fail)
-        monkeypatch.setattr(torch.mps, "current_allocated_memory", fail)
+    with play("m2-macos14"), monkeypatch.context() as patch:
+        patch.setattr(torch.mps, "empty_cache", fail)
+        patch.setattr(torch.mps, "current_allocated_memory", fail)
         assert clear_cache() is None
         assert memory_stats() == MemoryStats()
 

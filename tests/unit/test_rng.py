@@ -105,12 +105,12 @@ def test_what_fits_is_restored_beside_what_does_not() -> None:
 
 
 def test_a_device_whose_generator_cannot_be_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with play("max1550"):
+    with play("max1550"), monkeypatch.context() as patch:
         saved = rng_state()
-        monkeypatch.delattr(torch.xpu, "set_rng_state")
+        patch.delattr(torch.xpu, "set_rng_state")
         with pytest.warns(StateWarning, match="1 xpu device"):
             set_rng_state(saved)
-        monkeypatch.delattr(torch.xpu, "get_rng_state")
+        patch.delattr(torch.xpu, "get_rng_state")
         assert "xpu" not in rng_state()
 
 
