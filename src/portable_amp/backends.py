@@ -75,6 +75,8 @@ class Backend:
     memory: Callable[[torch.device], MemoryStats]
     empty_cache: str | None = None
     """Name of torch's function, None where there is no cache to empty."""
+    manual_seed_all: str | None = None
+    """None where torch.manual_seed does it."""
     get_rng_state: str | None = None
     set_rng_state: str | None = None
     synchronize: str | None = None
@@ -314,6 +316,8 @@ def _generic(device_type: str) -> Backend:
         read,
         _memory_cuda_like,
         empty_cache=f"{device_type}.empty_cache",
+        # Source: torch.manual_seed knows one plugin; Gaudi's examples seed torch.hpu besides.
+        manual_seed_all=f"{device_type}.manual_seed_all",
         get_rng_state=f"{device_type}.get_rng_state",
         set_rng_state=f"{device_type}.set_rng_state",
         set_device=f"{device_type}.set_device",
@@ -464,11 +468,14 @@ def backend_for(device_type: str) -> Backend:
     return _generic(device_type)
 
 
-def present() -> tuple[Backend, ...]:
-    """The rows of what this machine has, best first; the CPU is always there, and last."""
+def present(which: Callable[[Backend], object] = lambda row: True) -> tuple[Backend, ...]:
+    """The rows of what this machine has, best first; the CPU is always there, and last.
+
+    Of rows that are not asked for, no driver is asked.
+    """
     *accelerators, cpu = BACKENDS
     candidates = (*accelerators, *map(_generic, _vendor_types()), cpu)
-    return tuple(row for row in candidates if row.count() > 0)
+    return tuple(row for row in candidates if which(row) and row.count() > 0)
 
 
 def parse_device(value: object) -> torch.device:

@@ -37,7 +37,11 @@ def seed_everything(seed: SupportsIndex) -> int:
     numpy = sys.modules.get("numpy")
     if numpy:
         numpy.random.seed(seed)
-    torch.manual_seed(seed)  # of every device torch knows
+    torch.manual_seed(seed)  # of every device that torch itself knows
+    for row in present(lambda row: row.manual_seed_all):
+        seed_all = torch_function(row.manual_seed_all)
+        if seed_all:
+            seed_all(seed)
     return seed
 
 

@@ -165,6 +165,22 @@ def test_a_copy_that_does_not_wait_becomes_none_that_does_not_either(
     assert fixed.endswith(f"\n{call}\n") is not waits
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        *("xp.new_zeros(2", "xp.new_ones(2", "xp.new_full((2,), 1", "xp.new_empty(2"),
+        *("xp.new_tensor(2", "xp.to_empty(", "xp.zeros(2", "xp.ones(2", "xp.empty(2"),
+        *("xp.full((2,), 1", "xp.rand(2", "xp.randn(2", "xp.randint(2, (3,)", "xp.arange(2"),
+        *("xp.tensor(2", "xp.to("),
+    ],
+)
+def test_what_makes_a_tensor_under_another_name_takes_a_device(made: str) -> None:
+    """Others may want text: xp is whatever it is."""
+    comma = "" if made.endswith("(") else ", "
+    fixed = fix(f"import torch\n{made}{comma}device='cuda')\nxp.other(device='cuda')\n")
+    assert fixed.endswith(f"\n{made}{comma}device=ctx.device)\nxp.other(device=str(ctx.device))\n")
+
+
 LINES = (
     "# -*- coding: latin-1 -*-\n# caf\u00e9\nimport torch\t \n\n"
     "x = torch.ones(1).cuda()\t# \u00fc  \n\n\n"
@@ -195,8 +211,7 @@ def test_not_ascii_before_it_on_the_line() -> None:
         ("import os; import torch; torch.ones(1).cuda()\n", "\ntorch.ones(1).to(ctx.device)\n"),
         ("import os; import torch  # both\nx = torch.ones(1).cuda()\n", None),
         ("if 1:\n    import torch\ntorch.ones(1).cuda()\n", None),
-        ("import os\nimport sys\nif 1: import torch\ntorch.ones(1).cuda()\n", None),
-        ("import os\nimport sys\nx = 1; import torch\ntorch.ones(1).cuda()\n", None),
+        ("import os; import sys; import torch\ntorch.ones(1).cuda()\n", None),
         ("\n\nx = 1\nimport torch\ntorch.ones(1).cuda()\n", None),
         ("# What it is.\n\nx = 1\nimport torch\ntorch.ones(1).cuda()\n", None),
         ("import torch\ntorch.ones(1).cuda(non_blocking=True)\n", "\nctx.to(torch.ones(1))\n"),

@@ -12,6 +12,7 @@ from portable_amp.migrate.scan import scan
 # Two places where torch has the same.
 HOMES = (
     ("torch.cuda.amp.autocast_mode.autocast", "torch.cuda.amp.autocast"),
+    ("torch.cuda.amp.autocast_mode.custom_fwd", "torch.cuda.amp.custom_fwd"),
     ("torch.cuda.amp.grad_scaler.GradScaler", "torch.cuda.amp.GradScaler"),
     ("torch.amp.autocast_mode.autocast", "torch.amp.autocast"),
     ("torch.amp.grad_scaler.GradScaler", "torch.amp.GradScaler"),

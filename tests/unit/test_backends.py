@@ -220,6 +220,12 @@ def test_cpu_features_on_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_cpu_features_on_a_torch_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"cpu_name": "Some CPU", "avx512_bf16": True, "sve": False, "cores": 2}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert backends._cpu_name_and_features() == ("Some CPU", {"avx512_bf16"})
+
+
 def test_cpu_features_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import logging
 import pickle
 import re
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from portable_amp import (
     DeviceContext,
     PrecisionFallbackWarning,
+    ScalerShim,
     UnsupportedPrecisionError,
     choose,
     context,
@@ -206,6 +208,14 @@ def test_the_cache_is_kept_below_the_pressure_that_is_named() -> None:
             ctx.clear_cache(min_pressure=pressure)
             assert len(played.asked("empty_cache")) == cleared
         del held
+
+
+def test_a_scaler_is_torchs_unless_told() -> None:
+    theirs = inspect.signature(torch.amp.GradScaler).parameters
+    for ours in (DeviceContext.scaler, ScalerShim):
+        mine = inspect.signature(ours).parameters
+        for name in ("init_scale", "growth_factor", "backoff_factor", "growth_interval"):
+            assert mine[name].default == theirs[name].default, name
 
 
 def test_synchronize_asks_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,28 @@ def test_a_device_whose_generator_cannot_be_set_is_told(monkeypatch: pytest.Monk
         assert "xpu" not in rng_state()
 
 
+@pytest.mark.parametrize("key", ["t4", "max1550", "m2-macos15", "ascend-910b", "gaudi2"])
+def test_the_state_of_each_kind_of_device_comes_back(key: str) -> None:
+    with play(key, count=1) as played:
+        saved = rng_state()
+        module = getattr(torch, played.kind)
+        before = module.get_rng_state()
+        seed_everything(7)
+        assert not torch.equal(module.get_rng_state(), before)
+        set_rng_state(saved)
+        assert torch.equal(module.get_rng_state(), before)
+
+
+def test_seeding_does_not_wake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are forked afterwards could not use it any more."""
+    asked: list[str] = []
+    with play("a100"), monkeypatch.context() as patch:
+        for name in ("is_available", "device_count", "init", "current_device"):
+            patch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
+        seed_everything(5)
+    assert not asked
+
+
 def test_numpy_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     seed_everything(5)
     with_numpy = rng_state()

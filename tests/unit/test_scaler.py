@@ -843,6 +843,16 @@ def test_looking_before_the_update_by_hand_changes_nothing(look: Any) -> None:
         assert scaler.get_scale() == scale / 2
 
 
+def test_what_is_scaled_by_hand_is_known_until_the_next_step() -> None:
+    first, second, scaler = weight(), weight(), enabled()
+    optimizers = sgd(first), sgd(second)
+    scaler.scale(first.sum()).backward()  # accumulated
+    scaler.backward_step(first.sum(), optimizers[0])
+    second.sum().backward()
+    with pytest.raises(RuntimeError, match="hold gradients already"):
+        scaler.backward_step(second.sum(), optimizers[1])
+
+
 def test_a_second_optimizer_of_the_same_loss_steps_by_hand() -> None:
     w, other = weight(), weight()
     scaler, optimizers = enabled(growth_interval=1), [sgd(w), sgd(other)]

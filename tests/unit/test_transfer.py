@@ -5,7 +5,7 @@ import random
 import threading
 import types
 import warnings
-from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
+from collections import ChainMap, OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
 from collections.abc import Iterator, MutableMapping, MutableSequence
 from typing import Any
 
@@ -250,9 +250,9 @@ def test_the_batch_that_was_given_stays_as_it_was() -> None:
         assert type(part) is type(batch)
         assert part[at].tolist() == [0, 1]
         assert batch[at] is x  # type: ignore[index]
-    for part in range(3):  # as many as there are samples, and yet no list of samples
-        row.append(x + part)
-    assert [one.tolist() for one in slice_of(row, 0, 1)] == [[0], [0], [1], [2]]
+    for several in (row, UserList([x])):  # as many as there are samples, and no list of samples
+        several.extend(x + part for part in range(3))
+        assert [one.tolist() for one in slice_of(several, 0, 1)] == [[0], [0], [1], [2]]
 
 
 def test_what_stays_behind_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
