@@ -309,7 +309,7 @@ def copier(
 
     def copied(layout: str) -> tuple[torch.nn.Module, Any]:
         there = move(_copy(model), LAYOUTS[layout])
-        there.zero_grad(set_to_none=True)
+        there.zero_grad()
         # Of a copy, too: some that move themselves do so in place.
         mine = map_tensors(lambda tensor: tensor, batch, copy.deepcopy)
         return there, move(mine, LAYOUTS[layout])
@@ -432,7 +432,7 @@ class _Run:
                 result = _Result(loss, gradient)
                 self.candidate.out = differs(result, reference, self.candidate.dtype)
         finally:
-            self.model.zero_grad(set_to_none=True)
+            self.model.zero_grad()
             for module, mode in modes:
                 module.training = mode
             self.wait()
@@ -450,7 +450,7 @@ class _Run:
             # A clock may be coarser than a step.
             seconds = max(time.perf_counter() - start, 1e-9)
             self.shares.append((time.thread_time() - ran) / seconds if self.counts else 1.0)
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         # Within the caller's own region weights would be cast once, and never again.
         torch.clear_autocast_cache()
         return seconds

@@ -744,11 +744,37 @@ def test_what_is_called_alike_is_not_accused() -> None:
         assert report.notes == ("never called: 0.other.linear",)
 
 
+class Scaled(nn.Module):
+    """Takes its factor by name."""
+
+    def forward(self, x: torch.Tensor, *, factor: float) -> torch.Tensor:
+        return x * factor
+
+
+class Tripled(nn.Module):
+    """Gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Scaled()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x, factor=3.0)
+        return y
+
+
+def test_arguments_by_name_reach_the_innermost() -> None:
+    report = FP32.verify(nn.Sequential(Tripled()), torch.randn(3, 4))
+    assert report.ok, str(report)
+    assert report.modules == 3
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_module_that_calls_another_otherwise_is_named(way: str) -> None:
     otherwise, kind, what = WAYS[way]
     report = report_of(Calling(otherwise))
     assert {(one.module, one.kind) for one in report.faults} == {("", kind)}, str(report)
+    assert len(str(report).splitlines()) == 1 + len(report.faults) + len(report.notes)
     assert what in {one.what for one in report.faults}
     assert not [note for note in report.notes if "draws" in note]
 

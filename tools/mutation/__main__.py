@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import datetime
 import hashlib
 import json
@@ -24,6 +25,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,8 @@ OWN = {
     "testing/dtypes": ["tests/unit/test_dtype_flow.py"],
     "testing/strategies": [],
     "testing": ["tests/unit/test_play.py", "tests/conformance"],
-    "migrate": ["tests/migrate/test_fix.py", "tests/migrate/test_commands.py"],
+    "migrate/findings": ["tests/migrate/test_rules.py", "tests/migrate/test_output.py"],
+    "migrate": [f"tests/migrate/test_{name}.py" for name in ("detect", "fix", "commands")],
 }
 RECORDS = "tests/unit/test_records.py"
 """Of records in all modules."""
@@ -281,15 +284,15 @@ class Module:
 
     def check(self, worker: Worker) -> None:
         """The files that are run whole pass without a fault, or every fault would be noticed."""
-        kept = BUILD / "checked.json"
-        known = json.loads(kept.read_text()) if kept.exists() else {}
-        if known.get(self.name) == self.stamp:
+        kept = BUILD / "checked" / self.file.name
+        if kept.exists() and kept.read_text() == self.stamp:
             return
         nothing = Fault("", 1, "", "", self.source)
         answer = worker.ask(**self.request(nothing) | {"what": "afresh"})
         if answer != "survived":
             raise SystemExit(f"{self.name}: without any fault: {answer}")
-        kept.write_text(json.dumps({**known, self.name: self.stamp}))
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(self.stamp)
 
     def note(self, fault: Fault, answer: str) -> None:
         """Keep the answer."""
@@ -405,6 +408,7 @@ def main() -> int:
     workers = [Worker(number) for number in range(asked.jobs)]
     tests = covered(workers[0])
     work: queue.Queue[tuple[Module, Fault]] = queue.Queue()
+    unchecked: queue.Queue[Module] = queue.Queue()
     chosen = []
     found = []
     for name in asked.modules or there:
@@ -412,27 +416,28 @@ def main() -> int:
         chosen.append(module)
         pending = module.pending(asked.most)
         if pending:
-            module.check(workers[0])
+            unchecked.put(module)
         found += [(number, module, fault) for number, fault in enumerate(pending)]
     for _, module, fault in sorted(found, key=lambda row: row[0]):  # some of each in turn
         work.put((module, fault))
     print(f"{work.qsize()} faults in {len(chosen)} modules to try", flush=True)
 
-    def serve(worker: Worker) -> None:
-        while True:
-            try:
-                module, fault = work.get_nowait()
-            except queue.Empty:
-                return
-            module.note(fault, worker.ask(**module.request(fault)))
-            if work.qsize() % 100 == 0:
-                print(f"{work.qsize()} left after {time.monotonic() - began:.0f} s", flush=True)
+    def check(worker: Worker) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                unchecked.get_nowait().check(worker)
 
-    threads = [threading.Thread(target=serve, args=(worker,)) for worker in workers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def serve(worker: Worker) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                module, fault = work.get_nowait()
+                module.note(fault, worker.ask(**module.request(fault)))
+                if work.qsize() % 100 == 0:
+                    print(f"{work.qsize()} left after {time.monotonic() - began:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        for each in (check, serve):
+            list(pool.map(each, workers))
     for worker in workers:
         worker.close()
     missed = 0
