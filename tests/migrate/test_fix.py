@@ -268,6 +268,12 @@ def finding(*edits: Edit, how: Any = "safe") -> Finding:
     return Finding("", 1, 1, 1, "PAM000", "error", "", {}, how, edits)
 
 
+@pytest.mark.parametrize("given", ["*a", "**a", "1", "device=1"])
+def test_a_call_that_torch_does_not_have_is_left(given: str) -> None:
+    text = f"import torch\ntorch.cuda.empty_cache({given})\n"
+    assert fix(text, unsafe=True) == text
+
+
 def test_of_two_that_overlap_the_outer_one_is_made() -> None:
     inner, outer = finding(Edit(2, 3, "I")), finding(Edit(0, 5, "OUTER"))
     for both in ((inner, outer), (outer, inner)):

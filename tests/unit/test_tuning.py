@@ -1371,3 +1371,13 @@ def test_the_plans_of_recorded_models_are_found_again_within_the_steps_promised(
         settled += plan.settled
         assert clock.now < 30 * max(took.values()), row
     assert settled >= 20  # of 24
+
+
+def test_the_quantiles_are_students() -> None:
+    below = (
+        lambda t: 0.5 + math.atan(t) / math.pi,
+        lambda t: 0.5 + t / (2 * math.sqrt(2 + t**2)),
+        lambda t: 0.5 + (math.atan(t / 3**0.5) + t / 3**0.5 / (1 + t**2 / 3)) / math.pi,
+    )  # its distribution, for 1, 2 and 3 degrees of freedom
+    for share, quantile in zip(below, tuning.STUDENT, strict=True):
+        assert share(quantile) == pytest.approx(0.975, abs=1e-4)
