@@ -15,6 +15,7 @@ import ast
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -96,6 +97,11 @@ def digest(*paths: Path) -> str:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             total.update(file.read_bytes())
     return total.hexdigest()
+
+
+def key_of(fault: Fault) -> str:
+    """The same for the same fault in the same source."""
+    return hashlib.sha1((fault.operator + fault.source).encode()).hexdigest()
 
 
 def statement_lines(source: str) -> dict[int, range]:
@@ -206,7 +212,7 @@ class Module:
         self.seconds = asked.seconds
         self.skipped = self.slow()
         # By chance, though the same each time: the first hundred are a fair sample.
-        self.faults = sorted(faults(self.source), key=self.key)
+        self.faults = sorted(faults(self.source), key=key_of)
         self.kills: Counter[str] = Counter()
         self.file = BUILD / "results" / f"{name.replace('/', '.')}.json"
         self.stamp = digest(SOURCES, ROOT / "tests")
@@ -215,10 +221,6 @@ class Module:
             self.known = json.loads(self.file.read_text())
         self.results: dict[str, Any] = {}
         self.lock = threading.Lock()
-
-    def key(self, fault: Fault) -> str:
-        """The same for the same fault in the same source."""
-        return hashlib.sha1((fault.operator + fault.source).encode()).hexdigest()
 
     def is_own(self, test: str) -> bool:
         """It stands in one of the module's own test files."""
@@ -238,9 +240,9 @@ class Module:
         """The faults to try, among the first `most`; of the others the answer is known."""
         left = []
         for number, fault in enumerate(self.faults):
-            old = self.known.get(self.key(fault))
+            old = self.known.get(key_of(fault))
             if old and self.holds(old):
-                self.results[self.key(fault)] = old
+                self.results[key_of(fault)] = old
             elif most is None or number < most:
                 left.append(fault)
         self.save()
@@ -303,7 +305,7 @@ class Module:
             stamp = digest(BUILD / "tree-0" / test.split("::")[0])
             self.kills[test] += 1
         with self.lock:
-            self.results[self.key(fault)] = {
+            self.results[key_of(fault)] = {
                 "operator": fault.operator,
                 "line": fault.line,
                 "was": fault.was,
@@ -345,16 +347,26 @@ def counts(name: str, results: dict[str, Any]) -> dict[str, int]:
     }
 
 
+def drawn(path: Path, rows: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """How many faults there are, and the answers to the first of them.
+
+    Of later ones only those may be known that were noticed once, which would be no fair sample.
+    """
+    order = sorted(map(key_of, faults(path.read_text("utf-8"))))
+    return len(order), {key: rows[key] for key in itertools.takewhile(rows.__contains__, order)}
+
+
 def write_table() -> None:
     """Counts of all modules that were tried, for the documents."""
-    results = {}
+    found = {}
     for name, path in modules().items():
         file = BUILD / "results" / f"{name.replace('/', '.')}.json"
         rows = json.loads(file.read_text()) if file.exists() else {}
         # Of a module that is as it was.
         rows = {key: row for key, row in rows.items() if row["module"] == digest(path)}
+        total, rows = drawn(path, rows)
         if rows:
-            results[name] = rows
+            found[name] = {"all": total, **counts(name, rows)}
     told = {
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -364,10 +376,7 @@ def write_table() -> None:
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
         "cosmic-ray": metadata.version("cosmic-ray"),
-        "modules": {
-            name: {"all": len([*faults(modules()[name].read_text("utf-8"))]), **counts(name, rows)}
-            for name, rows in results.items()
-        },
+        "modules": found,
     }
     COUNTS.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
 
@@ -447,7 +456,7 @@ def main() -> int:
         missed += len(left)
         for row in left:
             print(f"{module.short}:{row['line']}: {row['was']}\n    -> {row['becomes']}")
-        found = counts(module.name, module.results)
+        found = counts(module.name, drawn(module.path, module.results)[1])
         real = found["faults"] - found["equivalent"]
         share = found["killed"] / real if real else 1.0
         print(f"{module.name}: {found['killed']} of {real} noticed, {share:.1%}", flush=True)
