@@ -48,6 +48,7 @@ PATIENCE = 20.0
 # Test files of a module beside those that bear its name; run whole where a fault shows at import.
 OWN = {
     "api": ["tests/unit/test_context.py"],
+    "backends": [f"tests/unit/test_{name}.py" for name in ("rng", "memory", "transfer")],
     "launchers": ["tests/unit/test_distributed.py"],
     "nested": ["tests/unit/test_transfer.py"],
     "doctor": ["tests/unit/test_cli.py"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -280,7 +281,7 @@ def meaning(source: str) -> str:
 
 
 def changed_lines(before: str, after: str) -> tuple[int, str, str]:
-    """The first line that differs, from 1, and what stands there before and after."""
+    """The first line that differs, from 1, blank ones aside; what stands there before and after."""
     old, new = before.splitlines(), after.splitlines()
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     blocks = [code for code in matcher.get_opcodes() if code[0] != "equal"]
@@ -289,7 +290,9 @@ def changed_lines(before: str, after: str) -> tuple[int, str, str]:
     def joined(lines: list[str]) -> str:
         return " ".join(" ".join(lines).replace("\\", " ").split())
 
-    return first[1] + 1, joined(old[first[1] : last[2]]), joined(new[first[3] : last[4]])
+    blank = itertools.takewhile(lambda line: not line.strip(), old[first[1] : last[2] - 1])
+    line = first[1] + len([*blank]) + 1
+    return line, joined(old[first[1] : last[2]]), joined(new[first[3] : last[4]])
 
 
 def parts(node: NodeOrLeaf) -> Iterator[tuple[NodeOrLeaf, str, object]]:
