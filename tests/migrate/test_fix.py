@@ -268,6 +268,21 @@ def finding(*edits: Edit, how: Any = "safe") -> Finding:
     return Finding("", 1, 1, 1, "PAM000", "error", "", {}, how, edits)
 
 
+@pytest.mark.parametrize("call", ["torch.amp.GradScaler({}'cuda:1')", "torch.autocast({}'cuda:1')"])
+@pytest.mark.parametrize("name", ["", "device=", "device_type="])
+def test_another_card_than_the_first_is_left_to_it(call: str, name: str) -> None:
+    text = f"import torch\n{call.format(name)}\n"
+    assert fix(text, unsafe=True) == text
+
+
+@pytest.mark.parametrize("home", ["portable_amp", "portable_amp.context"])
+def test_the_precision_of_a_context_that_is_there_counts(home: str) -> None:
+    text = f"import torch\nfrom {home} import DeviceContext\nctx = DeviceContext()\n"
+    found = scan(text + "torch.autocast('cuda')\n")[0]
+    assert found.fix == "unsafe"
+    assert "asks for auto" in found.message
+
+
 @pytest.mark.parametrize("given", ["*a", "**a", "1", "device=1"])
 def test_a_call_that_torch_does_not_have_is_left(given: str) -> None:
     text = f"import torch\ntorch.cuda.empty_cache({given})\n"

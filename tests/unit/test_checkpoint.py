@@ -514,3 +514,19 @@ def test_tensors_of_other_names_and_arrays_of_other_order_come_back_plain(tmp_pa
 def test_a_missing_file_is_said_to_be_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no checkpoint '.*c\.pt'$"):
         load_checkpoint(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("key", ["a", 1, 1.5, True, (1, "a", 2.5)])
+def test_what_may_be_a_key(tmp_path: Path, key: Any) -> None:
+    save_checkpoint(tmp_path / "c.pt", {"state": {key: 3}})
+    assert load_checkpoint(tmp_path / "c.pt") == {"state": {key: 3}}
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(1.5), np.float64(0.1), np.int8(-3), np.bool_(True), np.complex64(1 + 2j)]
+)
+def test_a_number_of_numpy_comes_back_as_pythons(tmp_path: Path, number: Any) -> None:
+    save_checkpoint(tmp_path / "c.pt", {"number": number})
+    found = load_checkpoint(tmp_path / "c.pt")["number"]
+    assert found == number
+    assert type(found) is type(number.item())
