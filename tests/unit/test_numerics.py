@@ -373,6 +373,7 @@ def test_what_a_dtype_cannot_hold_is_told_as_that() -> None:
     with play("t4", live=True):
         report = DeviceContext(precision="fp16").verify(nn.Sequential(Large()), 300 * SERIES)
         assert {one.kind for one in report.faults} == {"overflow"}, str(report)
+        assert "keep this module in fp32" in str(report)
         assert DeviceContext(precision="fp32").verify(nn.Sequential(Large()), 300 * SERIES).ok
 
 
