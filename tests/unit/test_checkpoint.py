@@ -522,9 +522,7 @@ def test_what_may_be_a_key(tmp_path: Path, key: Any) -> None:
     assert load_checkpoint(tmp_path / "c.pt") == {"state": {key: 3}}
 
 
-@pytest.mark.parametrize(
-    "number", [np.float32(1.5), np.float64(0.1), np.int8(-3), np.bool_(True), np.complex64(1 + 2j)]
-)
+@pytest.mark.parametrize("number", [np.float32(1.5), np.float64(0.1), np.int8(-3), np.bool_(True)])
 def test_a_number_of_numpy_comes_back_as_pythons(tmp_path: Path, number: Any) -> None:
     save_checkpoint(tmp_path / "c.pt", {"number": number})
     found = load_checkpoint(tmp_path / "c.pt")["number"]
