@@ -765,13 +765,13 @@ class Tripled(nn.Module):
 
 
 def test_the_same_numbers_are_drawn_on_both() -> None:
-    report = FP32.verify(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), torch.randn(3, 4))
+    report = report_of(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), torch.randn(3, 4))
     assert report.ok, str(report)
     assert report.notes == ()
 
 
 def test_arguments_by_name_reach_the_innermost() -> None:
-    report = FP32.verify(nn.Sequential(Tripled()), torch.randn(3, 4))
+    report = report_of(nn.Sequential(Tripled()), torch.randn(3, 4))
     assert report.ok, str(report)
     assert report.modules == 3
 

@@ -545,22 +545,6 @@ def test_a_live_batch_can_be_cut_in_inference_mode() -> None:
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_generator_is_of_the_played_device(live: bool) -> None:
-    real, before = torch.Generator, torch.Generator()
-    with play("mi250"), play("t4", live=live):
-        generator = torch.Generator(device="cuda").manual_seed(3)
-        assert generator.device == torch.device("cuda", 0)
-        assert isinstance(generator, torch.Generator)
-        assert isinstance(before, torch.Generator)
-        drawn = torch.zeros(4, device="cuda").uniform_(generator=generator).cpu()
-        assert torch.Generator().device == torch.device("cpu")
-        with pytest.raises(RuntimeError, match=r"(?i)mps"):
-            torch.Generator("mps")
-    assert torch.Generator is real
-    assert torch.equal(drawn, torch.zeros(4).uniform_(generator=before.manual_seed(3)))
-
-
-@pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("given", [None, True, False])
 @pytest.mark.parametrize("kind", LIVE_KINDS)
 def test_float64_is_the_machines_or_what_is_said(kind: str, given: bool | None, live: bool) -> None:
