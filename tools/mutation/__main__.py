@@ -14,6 +14,7 @@ import argparse
 import ast
 import contextlib
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -105,6 +106,12 @@ def digest(*paths: Path) -> str:
 def key_of(fault: Fault) -> str:
     """The same for the same fault in the same source."""
     return hashlib.sha1((fault.operator + fault.source).encode()).hexdigest()
+
+
+@functools.cache
+def shuffled(path: Path) -> list[Fault]:
+    """The faults of a module by chance, though the same each time: the first are a fair sample."""
+    return sorted(faults(path.read_text("utf-8")), key=key_of)
 
 
 def statement_lines(source: str) -> dict[int, range]:
@@ -214,8 +221,7 @@ class Module:
         self.tests = tests
         self.seconds = asked.seconds
         self.skipped = self.slow()
-        # By chance, though the same each time: the first hundred are a fair sample.
-        self.faults = sorted(faults(self.source), key=key_of)
+        self.faults = shuffled(path)
         self.kills: Counter[str] = Counter()
         self.file = BUILD / "results" / f"{name.replace('/', '.')}.json"
         self.stamp = digest(SOURCES, ROOT / "tests")
@@ -355,7 +361,7 @@ def drawn(path: Path, rows: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
     Of later ones only those may be known that were noticed once, which would be no fair sample.
     """
-    order = sorted(map(key_of, faults(path.read_text("utf-8"))))
+    order = [*map(key_of, shuffled(path))]
     return len(order), {key: rows[key] for key in itertools.takewhile(rows.__contains__, order)}
 
 
@@ -367,9 +373,11 @@ def write_table() -> None:
         rows = json.loads(file.read_text()) if file.exists() else {}
         # Of a module that is as it was.
         rows = {key: row for key, row in rows.items() if row["module"] == digest(path)}
-        total, rows = drawn(path, rows)
-        if rows:
-            found[name] = {"all": total, **counts(name, rows)}
+        if not rows:
+            continue
+        total, first = drawn(path, rows)
+        if first:
+            found[name] = {"all": total, **counts(name, first)}
     told = {
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
