@@ -21,7 +21,8 @@ import timm
 import torch
 
 from portable_amp import DeviceContext
-from portable_amp.tuning import LAYOUTS, NAMES, _Run, candidates, copier, mean_square
+from portable_amp.copies import LAYOUTS, copier, mean_square
+from portable_amp.tuning import NAMES, _Run, candidates
 
 MODELS = {
     "test_resnet": 160,

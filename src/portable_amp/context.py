@@ -20,6 +20,7 @@ from portable_amp.backends import (
     torch_function,
 )
 from portable_amp.capabilities import Capabilities, probe
+from portable_amp.copies import Loss, mean_square
 from portable_amp.distributed import agree_on_plan, common_to_ranks, of_rank_0
 from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
 from portable_amp.memory import clear_cache, memory_stats
@@ -31,7 +32,7 @@ from portable_amp.plan_cache import forget_plan, keep, recall, signature
 from portable_amp.precision import Precision, PrecisionPlan, choose
 from portable_amp.scaler import ScalerShim
 from portable_amp.transfer import fetch, loader_options, prefetch, to_device
-from portable_amp.tuning import TUNED, mean_square, tune
+from portable_amp.tuning import TUNED, tune
 
 STRICT_VARIABLE = "PORTABLE_AMP_STRICT"
 _OFF = ("", "0", "false", "no", "off")
@@ -132,7 +133,7 @@ class DeviceContext:
         model: torch.nn.Module,
         batch: Any,
         *,
-        loss: Callable[[torch.nn.Module, Any], torch.Tensor] = mean_square,
+        loss: Loss = mean_square,
         budget_s: float = 60.0,
         cache: bool | str = True,
         compile: bool = False,
@@ -204,7 +205,7 @@ class DeviceContext:
         model: torch.nn.Module,
         batch: Any,
         *,
-        loss: Callable[[torch.nn.Module, Any], torch.Tensor] = mean_square,
+        loss: Loss = mean_square,
         repeats: int = 2,
     ) -> Report:
         """Whether this device computes the model right under the plan, module by module.

@@ -18,9 +18,10 @@ import torch
 from portable_amp.callables import opened
 from portable_amp.capabilities import Capabilities
 from portable_amp.checkpoint import replacing
+from portable_amp.copies import LAYOUT_NAMES, LAYOUTS
 from portable_amp.nested import tensors_in
 from portable_amp.precision import PrecisionPlan
-from portable_amp.tuning import LAYOUT_NAMES, LAYOUTS, NAMES
+from portable_amp.tuning import NAMES
 
 CACHE_VARIABLE = "PORTABLE_AMP_CACHE"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import math
 import statistics
@@ -17,13 +16,11 @@ import torch
 from portable_amp.autocast import maybe_autocast
 from portable_amp.backends import backend_for
 from portable_amp.capabilities import Capabilities, Support
-from portable_amp.memory import is_oom_error
-from portable_amp.nested import length_of, map_tensors, slice_of, tensors_in
+from portable_amp.copies import LAYOUTS, Loss, UncopiedError, copier, one_line
+from portable_amp.nested import length_of, map_tensors, slice_of
 from portable_amp.precision import PrecisionPlan
 from portable_amp.rng import rng_state, set_rng_state
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-LAYOUT_NAMES = {layout: name for name, layout in LAYOUTS.items()}
 TUNED = "tuned"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # What may differ from fp32, relatively: the loss, the gradient, and the gradient of each parameter
@@ -48,8 +45,6 @@ CHUNK_ROUNDS = 3  # at least, where MOST_STEPS are spent
 MOST_STEPS = 24
 MOST_STEPS_BEFORE_CHUNKS = 13
 AT_LEAST_S = 0.2  # is spent however quick the steps are: the quickest need the most rounds
-
-Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -298,64 +293,6 @@ def candidates(model: torch.nn.Module, capabilities: Capabilities) -> Iterator[C
             yield Candidate(dtype, layout, fault)
 
 
-def copier(
-    model: torch.nn.Module, batch: Any, move: Callable[[Any, torch.memory_format], Any]
-) -> Callable[[str], tuple[torch.nn.Module, Any]]:
-    """What makes a copy of the model and the batch on the device, in a layout.
-
-    Raises:
-        UncopiedError: there is something in the model that Python cannot copy.
-    """
-
-    def copied(layout: str) -> tuple[torch.nn.Module, Any]:
-        there = move(_copy(model), LAYOUTS[layout])
-        there.zero_grad()
-        # Of a copy, too: some that move themselves do so in place.
-        mine = map_tensors(lambda tensor: tensor, batch, copy.deepcopy)
-        return there, move(mine, LAYOUTS[layout])
-
-    return copied
-
-
-class UncopiedError(RuntimeError):
-    """The model cannot be copied."""
-
-
-def _copy(model: torch.nn.Module) -> torch.nn.Module:
-    held = [
-        (f"{name}.{key}" if name else key, value)
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if key != "_modules"
-    ]
-    # Results of an earlier pass, such as the weight of torch.nn.utils.weight_norm: torch copies no
-    # tensor that has a graph, and the next pass makes them anew.
-    made = [one for _, one in held if isinstance(one, torch.Tensor) and not one.is_leaf]
-    results = {id(one): one.detach().clone() for one in made}
-    try:
-        return copy.deepcopy(model, dict(results))
-    except Exception as error:
-        if is_oom_error(error):
-            raise
-        why = f"the model cannot be copied, and tuning measures copies: {_line(error)}"
-        for name, value in held:
-            try:
-                copy.deepcopy(value, dict(results))
-            except Exception as first:
-                kind = type(value).__qualname__
-                why = f"the model cannot be copied, and tuning measures copies: {name!r} of it, "
-                why += f"of type {kind}, raises {_line(first)}"
-                break
-        raise UncopiedError(
-            f"{why}. Tune the model before it is given that, or write its class a __deepcopy__"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:160]
-
-
 class _Run:
     """One candidate, on a copy of the model that it may share with others of its layout."""
 
@@ -391,7 +328,7 @@ class _Run:
         except UncopiedError:
             raise
         except Exception as error:
-            self.candidate.out = _line(error)
+            self.candidate.out = one_line(error)
 
     def fresh(self, size: int | None = None) -> Any:
         """The batch, or its first samples, for one step: a model may write into its input."""
@@ -555,11 +492,3 @@ def _race(runs: list[_Run], clock: _Clock) -> None:
         steps = MOST_STEPS if training else MOST_STEPS_BEFORE_CHUNKS
         if clock.over(steps) or not runs:
             break
-
-
-def mean_square(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """A loss for any model: of what it makes of the batch's inputs, the mean square."""
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    made = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    floats = [one.float() for one in tensors_in(made) if one.is_floating_point()]
-    return torch.stack([one.square().mean() for one in floats]).sum()

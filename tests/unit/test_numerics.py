@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from portable_amp import DeviceContext
 from portable_amp.backends import torch_version
+from portable_amp.copies import mean_square
 from portable_amp.numerics.judge import Distance, distances, worst
 from portable_amp.numerics.replay import Ran
 from portable_amp.numerics.report import ADVICE, Fault, Report
@@ -21,7 +22,6 @@ from portable_amp.numerics.rounding import Rounding
 from portable_amp.numerics.verify import verify
 from portable_amp.numerics.walk import Place
 from portable_amp.testing import play
-from portable_amp.tuning import mean_square
 
 FP32 = DeviceContext("cpu", precision="fp32")
 

@@ -38,10 +38,11 @@ from portable_amp import (
     tuning,
 )
 from portable_amp.backends import backend_for
+from portable_amp.copies import mean_square
 from portable_amp.distributed import of_rank_0
 from portable_amp.plan_cache import cache_folder, keep, numeric_modes, recall, signature
 from portable_amp.testing import machine
-from portable_amp.tuning import Candidate, _Result, decide, differs, gain, mean_square, tune
+from portable_amp.tuning import Candidate, _Result, decide, differs, gain, tune
 from support import playing
 
 

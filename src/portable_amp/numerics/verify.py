@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from portable_amp.autocast import maybe_autocast
+from portable_amp.copies import LAYOUT_NAMES, Loss, copier
 from portable_amp.nested import map_tensors
 from portable_amp.numerics.calls import Recorder, answered, copied
 from portable_amp.numerics.replay import restored
 from portable_amp.numerics.report import Report
 from portable_amp.numerics.walk import Place, Walk, dtypes_on_device, widened
 from portable_amp.rng import rng_state, set_rng_state
-from portable_amp.tuning import LAYOUT_NAMES, copier
 
-Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 Move = Callable[[Any, torch.memory_format], Any]
 
 
