@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -25,9 +26,9 @@ from portable_amp.distributed import agree_on_plan, common_to_ranks, of_rank_0
 from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
 from portable_amp.memory import clear_cache, memory_stats
 from portable_amp.notices import tell_once
+from portable_amp.numerics.replay import Place
 from portable_amp.numerics.report import Report
 from portable_amp.numerics.verify import verify
-from portable_amp.numerics.walk import Place
 from portable_amp.plan_cache import forget_plan, keep, recall, signature
 from portable_amp.precision import Precision, PrecisionPlan, choose
 from portable_amp.scaler import ScalerShim
@@ -207,6 +208,8 @@ class DeviceContext:
         *,
         loss: Loss = mean_square,
         repeats: int = 2,
+        sizes: Sequence[int] = (),
+        budget_s: float = math.inf,
     ) -> Report:
         """Whether this device computes the model right under the plan, module by module.
 
@@ -220,12 +223,17 @@ class DeviceContext:
             loss: called with the model and the batch, returns a scalar tensor. By default the mean
                 square of what the model makes of the batch, or of its first part.
             repeats: how many times each module runs on the device.
+            sizes: numbers of samples to try, too, cut from the batch or repeated. Some devices are
+                wrong for many elements alone, or for odd numbers of them.
+            budget_s: seconds after which no further module is compared; `notes` has how many.
 
         Returns:
-            `ok`, `faults` and `notes`; printed, it is a verdict in words.
+            `ok`; `faults` of the device; `limits`, where the dtype is as far off on any device;
+            `notes`. Printed, it is a verdict in words.
 
         Raises:
             RuntimeError: the model fails on this batch, or cannot be copied.
+            ValueError: `sizes` of a batch whose samples cannot be counted.
 
         >>> ctx = DeviceContext("cpu", precision="fp32")
         >>> ctx.verify(torch.nn.Linear(8, 3), torch.randn(4, 8)).ok
@@ -233,7 +241,10 @@ class DeviceContext:
         """
         plan = self.plan
         place = Place(self.device, self.autocast, plan.dtype, plan.memory_format, repeats)
-        return verify(_unwrapped(model), batch, place, loss=loss, move=self._moved, plan=plan.name)
+        return verify(
+            _unwrapped(model), batch, place,
+            loss=loss, move=self._moved, plan=plan.name, sizes=sizes, budget_s=budget_s,
+        )  # fmt: skip
 
     def scaler(
         self,

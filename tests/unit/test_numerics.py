@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from portable_amp import DeviceContext
 from portable_amp.backends import torch_version
 from portable_amp.copies import mean_square
+from portable_amp.numerics import progress
 from portable_amp.numerics.judge import Distance, distances, worst
-from portable_amp.numerics.replay import Ran
+from portable_amp.numerics.progress import Progress
+from portable_amp.numerics.replay import Place, Ran
 from portable_amp.numerics.report import ADVICE, Fault, Report
-from portable_amp.numerics.rounding import Rounding
-from portable_amp.numerics.verify import verify
-from portable_amp.numerics.walk import Place
+from portable_amp.numerics.rounding import Rounding, Wide
+from portable_amp.numerics.verify import resized, verify
 from portable_amp.testing import play
 
 FP32 = DeviceContext("cpu", precision="fp32")
@@ -982,3 +983,192 @@ def test_images_lie_as_the_plan_says() -> None:
         place = Place(FP32.device, FP32.autocast, torch.float32, layout, 1)
         given = {"loss": mean_square, "move": FP32._moved, "plan": "fp32"}
         assert verify(model, torch.randn(shape), place, **given).ok is ok
+
+
+class Products(torch.autograd.Function):
+    """A linear layer whose products are taken of shorter numbers, as tensor cores do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, short: Callable[..., Any]) -> Any:
+        ctx.short = short
+        ctx.save_for_backward(x, w)
+        return short(x) @ short(w).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (g,), (x, w), short = gradients, ctx.saved_tensors, ctx.short
+        flat = short(g).flatten(0, -2).T @ short(x).flatten(0, -2)
+        return short(g) @ short(w), flat, None
+
+
+class Short(nn.Linear):
+    def __init__(self, short: Callable[..., Any], factor: float = 1.0) -> None:
+        super().__init__(16, 8, bias=False)
+        self.short, self.factor = short, factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not there(x):
+            return super().forward(x)
+        return self.factor * Products.apply(x, self.weight, self.short)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def cut(x: torch.Tensor, dropped: int, half: int) -> torch.Tensor:
+    return ((x.contiguous().view(torch.int32) + half) & -(1 << dropped)).view(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "short"),
+    [
+        ("tf32", lambda x: cut(x, 13, 1 << 12)),
+        ("tf32", lambda x: cut(x, 13, 0)),
+        ("bf16", lambda x: x.bfloat16().float()),
+        ("bf16", lambda x: cut(x, 16, 0)),
+        ("wrong", lambda x: cut(x, 15, 0)),
+        ("", lambda x: x),
+    ],
+)
+def test_shorter_products_are_measured(kind: str, short: Callable[..., Any]) -> None:
+    report = report_of(nn.Sequential(nn.Linear(16, 16), Short(short)))
+    assert {(one.module, one.kind) for one in report.faults} == ({("1", kind)} if kind else set())
+    assert (kind in ("tf32", "bf16")) == ("fp32='ieee'" in str(report))
+    report = report_of(nn.Sequential(Short(short, factor=1.01)))
+    assert {one.kind for one in report.faults} == {"wrong"}, "and something else is off, too"
+
+
+def test_what_keeps_something_from_call_to_call_is_told_and_not_accused() -> None:
+    class Warming(nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x * self.calls
+
+    report = report_of(nn.Sequential(nn.Linear(16, 4), Warming()))
+    assert report.ok, str(report)
+    assert report.notes == ("1 is not compared: it keeps something from call to call",)
+
+
+def test_other_numbers_of_samples_are_tried() -> None:
+    model = nn.Sequential(Faulty(nn.Linear(16, 4), lambda y: y * (1.1 if y.numel() > 90 else 1)))
+    assert report_of(model).ok
+    assert report_of(model, sizes=(1, 2)).ok
+    (fault, *_) = report_of(model, sizes=(1, 4)).faults
+    assert fault.module == "0"
+    assert report_of(model, sizes=(4,)).modules == 2 * report_of(model).modules
+    rows = {"x": torch.arange(3), "names": ["a", "b", "c"], "scale": torch.tensor(2.0)}
+    assert resized(rows, 2)["names"] == ["a", "b"]
+    assert resized(rows, 5)["x"].tolist() == [0, 1, 2, 0, 1]
+    assert resized(rows, 5)["scale"] == 2
+    with pytest.raises(ValueError, match="first dimension"):
+        report_of(model, sizes=(3,), batch=torch.tensor(1.0))
+
+
+def test_what_is_not_reached_in_time_is_counted() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, 4)))
+    report = report_of(model, budget_s=0.0)
+    assert (report.modules, report.ok) == (0, True)
+    assert report.notes == ("1 calls of modules were not reached in 0 s",)
+    assert report_of(model, budget_s=100.0).notes == ()
+
+
+def test_of_modules_alike_one_is_compared() -> None:
+    def sampled(model: nn.Module, batch: Any = SERIES) -> Report:
+        place = Place(FP32.device, FP32.autocast, torch.float32, torch.contiguous_format, 1)
+        return verify(
+            model, batch, place, loss=mean_square, move=FP32._moved, plan="fp32", sampled=True
+        )
+
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 16), nn.GELU())
+
+    assert sampled(nn.Sequential(*(block() for _ in range(5)))).modules == 4
+    last = nn.Sequential(block(), block(), Faulty(nn.Linear(16, 16), lambda y: 1.1 * y))
+    assert {one.module for one in sampled(last).faults} == {"2"}
+    shared = block()  # its calls are counted where they are passed by
+    assert sampled(nn.Sequential(shared, block(), shared, nn.Linear(16, 4), nn.GELU())).ok
+
+
+def test_what_vanishes_or_cancels_in_a_dtype_is_a_limit_on_any_device() -> None:
+    class Tiny(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 1e-8
+
+    with play("t4", live=True):
+        model = nn.Sequential(nn.Linear(16, 16, bias=False), Tiny())
+        report = DeviceContext(precision="fp16").verify(model, SERIES)
+    assert report.ok, str(report)
+    assert {(one.module, one.kind) for one in report.limits} >= {("1", "underflow")}
+    report = report_of(Cancels())
+    assert report.ok
+    assert {one.kind for one in report.limits} == {"rounds"}
+    assert "limit: the model itself (Cancels): output 0 is " in str(report)
+    many = Report("cpu", "fp32", (), 7, 0.25, (), 5 * report.limits)
+    told = [line for line in str(many).splitlines() if line.startswith("- limit: ")]
+    assert len(told) == 4
+    assert told[-1].endswith(f"{len(many.limits) - 3} results more, closer than these")
+
+
+def test_what_a_module_is_given_and_cannot_hold_is_overflow() -> None:
+    class Keeping(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float() * 1e5
+
+    with play("t4", live=True):
+        model = nn.Sequential(Keeping(), nn.Linear(16, 4))
+        report = DeviceContext(precision="fp16").verify(model, 1 + SERIES.abs())
+    assert {(one.module, one.kind) for one in report.faults} == {("1", "overflow")}, str(report)
+
+
+def test_a_long_one_shows_how_far_it_is_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown() -> str:
+        with Progress("verify", 2) as bar:
+            bar.step("layer1.a-long-name")
+            bar.step("x")
+        return capsys.readouterr().err
+
+    assert shown() == ""
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    assert shown() == "", "no terminal"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    first, second, cleared, end = shown().split("\r")[1:]
+    assert first == "verify: 1 of 2, layer1.a-long-name"
+    assert second == "verify: 2 of 2, x".ljust(len(first))
+    assert (cleared.strip(), end) == ("", "")
+    monkeypatch.setattr("sys.stderr", None)  # as under pythonw
+    with Progress("verify", 1) as bar:
+        bar.step("x")
+
+
+class Upcasting(nn.Module):
+    """Asks for float32 by all the ways that models have, and is right only with exact numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float() * torch.rsqrt(x.to(torch.float32).square().mean(-1, keepdim=True) + 1e-6)
+        angle = torch.arange(8, dtype=torch.float32) + torch.zeros(8) + torch.tensor(0.5)
+        turned = torch.view_as_complex(wide.unflatten(-1, (8, 2))) * torch.polar(
+            torch.ones_like(angle), angle
+        )
+        y = torch.view_as_real(turned).flatten(-2) @ self.weight.float()
+        return y.softmax(-1, dtype=torch.float32).type_as(x) + y.half().float() * 0
+
+
+def test_the_reference_is_exact_where_a_model_asks_for_fewer_bits() -> None:
+    torch.manual_seed(0)
+    report = report_of(nn.Sequential(Upcasting(), nn.Linear(16, 4)))
+    assert report.ok, str(report)
+    assert report.modules == 3
+    double = SERIES.double()
+    with Wide():
+        made = double.float(), torch.zeros(3), torch.tensor(0.1), double.half() + SERIES
+        mixed = SERIES @ double.mT
+        written = torch.zeros(7, 16, dtype=torch.float32).add_(double[0])
+    assert {one.dtype for one in (*made, mixed, written)} == {torch.float64}
+    assert torch.equal(made[0], double)
+    assert torch.equal(written, double[0])
+    assert torch.zeros(1).dtype is torch.float32

@@ -41,6 +41,8 @@ class Distance:
     """The largest difference of an element, over its size and the root mean square of all."""
     count: int = 1
     """Of elements."""
+    lost: float = 0.0
+    """The share of elements that are zero, and should not be."""
 
     def measures(self, bound: float, noise: Distance | None = None) -> list[Measure]:
         """Each measure and what is allowed, or what rounding alone made of it, if that is more."""
@@ -104,4 +106,5 @@ def _distance(what: str, exact: torch.Tensor, got: torch.Tensor, norm: float) ->
     error = float((got - exact).norm()) / norm
     tilt = abs(float(((got - exact) * exact).sum())) / norm**2
     peak = float(((got - exact).abs() / (exact.abs() + scale)).max())
-    return Distance(what, error, tilt, peak, exact.numel())
+    lost = float(((got == 0) & (exact != 0)).double().mean())
+    return Distance(what, error, tilt, peak, exact.numel(), lost)

@@ -13,9 +13,11 @@ import torch
 from portable_amp.memory import keep_buffers
 from portable_amp.nested import map_tensors, tensors_in
 from portable_amp.numerics.calls import Call, answered, floats, is_float, named_calls
+from portable_amp.numerics.rounding import Wide
 
 Put = Callable[[torch.Tensor], torch.Tensor]
 """To where a module runs, in the dtype that is computed in there."""
+Region = Callable[[], AbstractContextManager[Any]]
 
 
 class OtherPathError(Exception):
@@ -26,7 +28,10 @@ class OtherPathError(Exception):
 class Answer:
     """What a module inside answers: the reference's output, and the gradients of its inputs."""
 
-    call: Call
+    name: str
+    output: Any
+    shapes: list[torch.Size]
+    """Of the tensors that it is given."""
     gradients: list[torch.Tensor | None]
 
 
@@ -45,9 +50,9 @@ def run(
     answers: list[Answer],
     gradients: list[torch.Tensor],
     put: Put,
-    region: Callable[[], AbstractContextManager[Any]],
+    region: Region,
     *,
-    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    around: Region = contextlib.nullcontext,
 ) -> Ran:
     """Forward in the region, and backward with these gradients; buffers are left as they were."""
     ran = Ran()
@@ -79,7 +84,73 @@ def run(
                 ran.found[f"gradient of {name}"] = _plain(one.grad)
         for name, one in module.named_buffers():
             ran.found[f"buffer {name}"] = _plain(one)
+        module.zero_grad()  # on the device they would take the memory of all weights
     return ran
+
+
+@dataclass
+class Place:
+    """Where the model is tried."""
+
+    device: torch.device
+    region: Region
+    """What the forward pass runs in."""
+    dtype: torch.dtype
+    """What that computes in."""
+    layout: torch.memory_format
+    """Of images."""
+    repeats: int
+
+    def put(self, one: torch.Tensor) -> torch.Tensor:
+        """A tensor as it is, there."""
+        one = one.to(self.device)
+        return one.contiguous(memory_format=self.layout) if one.dim() == 4 else one
+
+
+@dataclass
+class Task:
+    """One call of one module, and all that both replays of it need."""
+
+    module: torch.nn.Module
+    call: Call
+    answers: list[Answer]
+    gradients: list[torch.Tensor]
+    random: bool = False
+
+    def on_cpu(self, around: Region = contextlib.nullcontext, seed: int = 0) -> Ran:
+        """The reference."""
+        with Wide():
+            return self._run(self.module, widened, contextlib.nullcontext, around, seed)
+
+    def on(self, place: Place, there: torch.nn.Module) -> Ran:
+        """On the device."""
+        return self._run(there, place.put, place.region)
+
+    def _run(
+        self,
+        module: torch.nn.Module,
+        put: Put,
+        region: Region,
+        around: Region = contextlib.nullcontext,
+        seed: int = 0,
+    ) -> Ran:
+        torch.default_generator.manual_seed(seed)
+        with _evaluating(module) if self.random else contextlib.nullcontext():
+            return run(module, self.call, self.answers, self.gradients, put, region, around=around)
+
+
+def widened(one: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, or complex128."""
+    return one.to(torch.promote_types(one.dtype, torch.float64)) if is_float(one) else one
+
+
+@contextlib.contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    mode, module.training = module.training, False
+    try:
+        yield
+    finally:
+        module.training = mode
 
 
 def _leaf(one: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
@@ -120,23 +191,22 @@ class _Script:
 
     def __init__(self, answers: list[Answer], put: Put, ran: Ran) -> None:
         self.answers, self.put, self.ran = answers, put, ran
-        self.names = {answer.call.name for answer in answers}
+        self.names = {answer.name for answer in answers}
         self.incoming: dict[str, torch.Tensor] = {}
         """The gradients that reach the answers."""
         self.at = 0
 
     def __call__(self, name: str, module: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        if self.at == len(self.answers) or self.answers[self.at].call.name != name:
+        if self.at == len(self.answers) or self.answers[self.at].name != name:
             raise OtherPathError(f"calls {name} where the reference does not")
         answer = self.answers[self.at]
         number, self.at = self.at, self.at + 1
         given = [*tensors_in((args, kwargs))]
-        expected = [*tensors_in((answer.call.args, answer.call.kwargs))]
-        if [one.shape for one in given] != [one.shape for one in expected]:
+        if [one.shape for one in given] != answer.shapes:
             raise OtherPathError(f"gives {name} other shapes than in the reference")
         for at, one in enumerate(given):
             self.ran.found[f"input {at} of {name}, call {number}"] = _plain(one)
-        output = map_tensors(self.put, answer.call.output)
+        output = map_tensors(self.put, answer.output)
         outs = floats(output)
         inputs = floats((args, kwargs))
         gradients = [None if g is None else _like(g, i) for i, g in zip(inputs, answer.gradients)]  # noqa: B905
@@ -153,7 +223,7 @@ class _Script:
     def finish(self) -> None:
         """All answers were asked for."""
         if self.at != len(self.answers):
-            raise OtherPathError(f"does not call {self.answers[self.at].call.name}")
+            raise OtherPathError(f"does not call {self.answers[self.at].name}")
 
 
 class _Answered(torch.autograd.Function):

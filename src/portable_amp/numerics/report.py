@@ -7,11 +7,19 @@ from dataclasses import dataclass
 
 ADVICE = {
     "wrong": "this device computes something else: report it, with torch's version and this module",
+    "tf32": "products of fp32 are taken in TF32 here: DeviceContext(fp32='ieee') for fp32 proper",
+    "bf16": "products of fp32 are taken in bf16 here: DeviceContext(fp32='ieee') for fp32 proper",
     "overflow": "a value is beyond what this dtype holds: keep this module in fp32, or take bf16",
+    "underflow": "values are below what this dtype holds, on any device",
+    "rounds": "sums that nearly cancel are that far off in this dtype, on any device",
     "fails": "it raises an error on the device alone",
     "path": "it calls other modules, or with other shapes, than on the CPU",
 }
-"""What to do, by the kind of fault."""
+"""What to do, by the kind of fault or limit."""
+LIMITS = ("underflow", "rounds")
+"""Kinds that are no fault of the device."""
+MOST_LINES = 3
+"""Limits that are printed."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Report:
     """The largest distance among those that are right, in parts of what is allowed."""
     notes: tuple[str, ...]
     """What could not be compared, and why."""
+    limits: tuple[Fault, ...] = ()
+    """What is off because of the dtype, as it would be on any device; no faults."""
 
     @property
     def ok(self) -> bool:
@@ -70,5 +80,9 @@ class Report:
             named = len({fault.module for fault in self.faults})
             first = f"{self.device} does NOT compute this model right in {self.plan}: "
             first += f"{named} modules are off, of {calls}."
-        rows = [*map(str, self.faults), *(f"note: {note}" for note in self.notes)]
+        limits = sorted(self.limits, key=lambda one: one.error, reverse=True)
+        rows = [*map(str, self.faults), *(f"limit: {one}" for one in limits[:MOST_LINES])]
+        if limits[MOST_LINES:]:
+            rows.append(f"limit: {len(limits) - MOST_LINES} results more, closer than these")
+        rows += [f"note: {note}" for note in self.notes]
         return "\n- ".join([first, *rows])

@@ -9,6 +9,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from portable_amp.nested import map_tensors, tensors_in
 
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
+"""The operations that tensor cores do, below autograd."""
+
+
+WIDER = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    torch.complex64: torch.complex128,
+}
+
+
+class Wide(TorchDispatchMode):
+    """In this region everything is computed in float64, also what asks for fewer bits.
+
+    Models ask for float32 where autocast is not to reach, and make tensors of torch's default.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Compute it, wider."""
+        kwargs = dict(kwargs or {})
+        dtype = kwargs.get("dtype")
+        if dtype in WIDER:
+            kwargs["dtype"] = WIDER[dtype]
+        if not function._schema.is_mutable:
+            args, kwargs = map_tensors(_wider, (args, kwargs))
+        return map_tensors(_wider, function(*args, **kwargs))
+
+
+def _wider(one: torch.Tensor) -> torch.Tensor:
+    return one.to(WIDER.get(one.dtype, one.dtype))
+
 
 class Rounding(TorchDispatchMode):
     """In this region each float64 result is off by up to the dtype's epsilon, by chance.
@@ -28,9 +63,16 @@ class Rounding(TorchDispatchMode):
         """Compute it, and put its results off."""
         kwargs = kwargs or {}
         held = {one.untyped_storage().data_ptr() for one in tensors_in((args, kwargs))}
+        most = torch.finfo(self.dtype).max
+
+        def given(one: torch.Tensor) -> torch.Tensor:
+            """What is too large for the dtype is infinite there; nothing else is copied."""
+            if not _is_plain(one) or not bool((one.abs() > most).any()):
+                return one
+            return one.to(self.dtype).double()
 
         def off(one: torch.Tensor) -> torch.Tensor:
-            if one.dtype is not torch.float64 or one.layout is not torch.strided:
+            if not _is_plain(one):
                 return one
             if one.untyped_storage().data_ptr() in held:  # a view, or written into
                 return one
@@ -38,4 +80,37 @@ class Rounding(TorchDispatchMode):
             noise = 1 + torch.finfo(self.dtype).eps * (2 * noise - 1)
             return (one * noise).to(self.dtype).double()
 
+        if function.overloadpacket.__name__ in PRODUCTS:
+            args = map_tensors(given, args)
         return map_tensors(off, function(*args, **kwargs))
+
+
+class Narrow(TorchDispatchMode):
+    """In this region products of float64 are taken of numbers with so many bits of mantissa.
+
+    It is what tensor cores do with float32 where TF32 (10 bits) or bf16 (7) is allowed.
+    """
+
+    def __init__(self, bits: int, *, nearest: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dropped, self.nearest = 52 - bits, nearest
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Compute it, of shorter numbers if it is a product."""
+        if function.overloadpacket.__name__ in PRODUCTS:
+            args = map_tensors(self._short, args)
+        return function(*args, **(kwargs or {}))
+
+    def _short(self, one: torch.Tensor) -> torch.Tensor:
+        if not _is_plain(one):
+            return one
+        whole = one.contiguous().view(torch.int64)
+        if self.nearest:
+            whole = whole + (1 << (self.dropped - 1))
+        return (whole & -(1 << self.dropped)).view(torch.float64)
+
+
+def _is_plain(one: torch.Tensor) -> bool:
+    return one.dtype is torch.float64 and one.layout is torch.strided

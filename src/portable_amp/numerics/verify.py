@@ -3,43 +3,80 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from portable_amp.autocast import maybe_autocast
 from portable_amp.copies import LAYOUT_NAMES, Loss, copier
-from portable_amp.nested import map_tensors
+from portable_amp.nested import length_of, map_tensors, slice_of
 from portable_amp.numerics.calls import Recorder, answered, copied
-from portable_amp.numerics.replay import restored
+from portable_amp.numerics.progress import Progress
+from portable_amp.numerics.replay import Place, restored, widened
 from portable_amp.numerics.report import Report
-from portable_amp.numerics.walk import Place, Walk, dtypes_on_device, widened
+from portable_amp.numerics.rounding import Wide
+from portable_amp.numerics.walk import Walk, dtypes_on_device
 from portable_amp.rng import rng_state, set_rng_state
 
 Move = Callable[[Any, torch.memory_format], Any]
 
 
 def verify(
-    model: torch.nn.Module, batch: Any, place: Place, *, loss: Loss, move: Move, plan: str
+    model: torch.nn.Module,
+    batch: Any,
+    place: Place,
+    *,
+    loss: Loss,
+    move: Move,
+    plan: str,
+    sizes: Sequence[int] = (),
+    budget_s: float = math.inf,
+    sampled: bool = False,
 ) -> Report:
     """Replay each module of a copy on the place, and of another on the CPU in float64.
 
     Model, gradients and random states stay as they are.
     """
+    until = time.perf_counter() + budget_s
+    batches = [batch, *(resized(batch, size) for size in sizes)]
     state = rng_state()
+    walks = []
     try:
         with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as regions:
             for kind in {"cpu", place.device.type}:  # of the reference, and of backward passes
                 regions.enter_context(maybe_autocast(kind, enabled=False))
-            return _verify(model, batch, place, loss=loss, move=move, plan=plan)
+            for one in batches:
+                walks.append(_walk(model, one, place, loss, move, until, sampled))
     finally:
         set_rng_state(state)
+    notes = [note for walk in walks for note in walk.notes]
+    if left_out := sum(walk.left_out for walk in walks):
+        notes.append(f"{left_out} calls of modules were not reached in {budget_s:g} s")
+    faults = {(one.module, one.kind, one.what): one for walk in walks for one in walk.faults}
+    limits = {(one.module, one.kind, one.what): one for walk in walks for one in walk.limits}
+    return Report(
+        str(place.device),
+        plan,
+        tuple(faults.values()),
+        sum(walk.modules for walk in walks),
+        max(walk.worst for walk in walks),
+        tuple(dict.fromkeys(notes)),
+        tuple(limits.values()),
+    )
 
 
-def _verify(
-    model: torch.nn.Module, batch: Any, place: Place, *, loss: Loss, move: Move, plan: str
-) -> Report:
+def _walk(
+    model: torch.nn.Module,
+    batch: Any,
+    place: Place,
+    loss: Loss,
+    move: Move,
+    until: float,
+    sampled: bool,
+) -> Walk:
     reference, wide = copier(model, batch, lambda value, _: value)("contiguous")
     reference = _out_of_place(reference).cpu()
     for one in (*reference.parameters(), *reference.buffers()):
@@ -54,19 +91,32 @@ def _verify(
 
     seen = dtypes_on_device(there, on_device)
     recorder = Recorder()
-    with answered({"": reference}, recorder), restored(reference):
+    with Wide(), answered({"": reference}, recorder), restored(reference):
         total = loss(reference, wide)
         if total.requires_grad:
             total.backward()
-    walk = Walk(place, dict(there.named_modules()), seen)
-    for call in recorder.calls:
-        walk.visit(reference, call)
+            reference.zero_grad()
+    del total, wide
+    with Progress("verify", sum(map(len, seen.values()))) as progress:
+        rows = {name: iter(calls) for name, calls in seen.items()}
+        there_by_name = dict(there.named_modules())
+        walk = Walk(place, there_by_name, rows, progress, sampled, until)
+        for call in recorder.calls:
+            walk.visit(reference, call)
     weighted = {name for name, one in there.named_modules() if [*one.parameters(recurse=False)]}
     idle = sorted(weighted - seen.keys())
     if idle:
         walk.notes.append(f"never called: {', '.join(idle[:8])}{', ...' * (len(idle) > 8)}")
-    notes = tuple(dict.fromkeys(walk.notes))
-    return Report(str(place.device), plan, tuple(walk.faults), walk.modules, walk.worst, notes)
+    return walk
+
+
+def resized(batch: Any, size: int) -> Any:
+    """So many samples of a batch; where it has fewer, they are repeated."""
+    total = length_of(batch)
+    if size <= total:
+        return slice_of(batch, 0, size)
+    at = torch.arange(size) % total
+    return map_tensors(lambda one: one[at.to(one.device)] if one.dim() else one, batch)
 
 
 def _out_of_place(model: torch.nn.Module) -> torch.nn.Module:

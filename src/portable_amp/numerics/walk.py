@@ -4,74 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from portable_amp.memory import is_oom_error
-from portable_amp.nested import map_tensors
+from portable_amp.nested import map_tensors, tensors_in
 from portable_amp.numerics.calls import Call, Recorder, answered, floats, is_float, named_calls
 from portable_amp.numerics.judge import BOUNDS, Distance, distances, worst
-from portable_amp.numerics.replay import Answer, OtherPathError, Ran, restored, run
-from portable_amp.numerics.report import Fault
-from portable_amp.numerics.rounding import Rounding
+from portable_amp.numerics.progress import Progress
+from portable_amp.numerics.replay import Answer, OtherPathError, Place, Ran, Task, restored
+from portable_amp.numerics.report import LIMITS, Fault
+from portable_amp.numerics.verdict import fault, judged
 
-Region = Callable[[], AbstractContextManager[Any]]
 Dtypes = tuple[list[torch.dtype], list[torch.dtype]]
 """Of the floats that a module is given, and of those that it returns."""
-
-
-@dataclass
-class Place:
-    """Where the model is tried."""
-
-    device: torch.device
-    region: Region
-    """What the forward pass runs in."""
-    dtype: torch.dtype
-    """What that computes in."""
-    layout: torch.memory_format
-    """Of images."""
-    repeats: int
-
-    def put(self, one: torch.Tensor) -> torch.Tensor:
-        """A tensor as it is, there."""
-        one = one.to(self.device)
-        return one.contiguous(memory_format=self.layout) if one.dim() == 4 else one
-
-
-@dataclass
-class _Task:
-    """One call of one module, and all that both replays of it need."""
-
-    module: torch.nn.Module
-    call: Call
-    answers: list[Answer]
-    gradients: list[torch.Tensor]
-    random: bool = False
-
-    def on_cpu(self, around: Region = contextlib.nullcontext, seed: int = 0) -> Ran:
-        """The reference."""
-        return self._run(self.module, widened, contextlib.nullcontext, around, seed)
-
-    def on(self, place: Place, there: torch.nn.Module) -> Ran:
-        """On the device."""
-        return self._run(there, place.put, place.region)
-
-    def _run(
-        self,
-        module: torch.nn.Module,
-        put: Callable[[torch.Tensor], torch.Tensor],
-        region: Region,
-        around: Region = contextlib.nullcontext,
-        seed: int = 0,
-    ) -> Ran:
-        torch.default_generator.manual_seed(seed)
-        with _evaluating(module) if self.random else contextlib.nullcontext():
-            return run(module, self.call, self.answers, self.gradients, put, region, around=around)
 
 
 @dataclass
@@ -83,108 +33,126 @@ class Walk:
     """The modules on the device, by their names."""
     seen: dict[str, Iterator[Dtypes]]
     """Of the calls of each module on the device, in their order."""
+    progress: Progress
+    sampled: bool = False
+    """Of modules that are alike, and are given alike, one is compared."""
+    until: float = math.inf
+    """When no further call is compared, by `time.perf_counter`."""
     faults: list[Fault] = field(default_factory=list)
+    limits: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     modules: int = 0
+    left_out: int = 0
+    """Calls for which there was no time."""
     worst: float = 0.0
     noise: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    done: set[Any] = field(default_factory=set)
+    """What was compared, where modules are sampled."""
 
     def visit(self, module: torch.nn.Module, call: Call) -> Answer:
         """Compare what is inside, then the module itself with all inside answered."""
-        given, returned = next(self.seen.get(call.name, iter(())), ([], []))
+        given, returned = self._seen(call.name)
         call.args, call.kwargs = rounded((call.args, call.kwargs), given)
         call.output = rounded(call.output, returned)
-        task = _Task(module, call, [], [*self._gradients(call)])
+        task = Task(module, call, [], [*self._gradients(call)])
         inner = named_calls(module, call.name)
+        late = time.perf_counter() > self.until
+        if late or not self._is_new(module, call):
+            self.left_out += late
+            with answered(inner, self._passing):
+                return self._answer(call, task.on_cpu())
         recorder = Recorder()
         if inner:
             with answered(inner, recorder):
                 task.on_cpu()
-        answers = [self.visit(inner[one.name], one) for one in recorder.calls]
+        answers = [(one.written, self.visit(inner[one.name], one)) for one in recorder.calls]
         # What writes into its input is called in earnest.
-        task.answers = [answer for answer in answers if not answer.call.written]
-        given_floats = floats((call.args, call.kwargs))
+        task.answers = [answer for written, answer in answers if not written]
         try:
             exact = task.on_cpu()
         except OtherPathError:
-            name = call.name or "the model"
-            self.notes.append(f"{name} is not compared: rounding changes which modules it calls")
-            return Answer(call, [None] * len(given_floats))
+            self._note(call, "is not compared: rounding changes which modules it calls")
+            return self._answer(call, None)
         self.modules += 1
-        if not self._compared(task, exact):
-            task.random = True
-            how = "compared in eval mode"
-            try:
-                self._compared(task, task.on_cpu())
-            except OtherPathError:
-                how = "not compared, for it calls other modules in eval mode"
-            self.notes.append(f"{call.name or 'the model'} draws at random: {how}")
-        pairs = zip(exact.inputs, given_floats, strict=True)
-        gradients = [None if back is None else back.to(one.dtype) for back, one in pairs]
-        return Answer(call, gradients)
+        if why := self._compared(task, exact):
+            self._note(call, why)
+        self.progress.step(call.name)
+        return self._answer(call, exact)
 
-    def _compared(self, task: _Task, exact: Ran) -> bool:
-        """Whether that was possible; not where the module draws at random."""
+    def _seen(self, name: str) -> Dtypes:
+        return next(self.seen.get(name, iter(())), ([], []))
+
+    def _passing(self, name: str, module: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        self._seen(name)
+        self.progress.step(name)
+        return module._call_impl(*args, **kwargs)
+
+    def _is_new(self, module: torch.nn.Module, call: Call) -> bool:
+        shapes = [(one.shape, one.dtype) for one in tensors_in((call.args, call.kwargs))]
+        key = repr(module), str(shapes), module.training
+        is_new = not self.sampled or key not in self.done
+        self.done.add(key)
+        return is_new
+
+    def _answer(self, call: Call, exact: Ran | None) -> Answer:
+        """What it answers from now on; what it was given is needed no more."""
+        inputs = floats((call.args, call.kwargs))
+        gradients: list[torch.Tensor | None] = [None] * len(inputs)
+        if exact:
+            pairs = zip(exact.inputs, inputs, strict=True)
+            gradients = [None if back is None else back.to(one.dtype) for back, one in pairs]
+        shapes = [one.shape for one in tensors_in((call.args, call.kwargs))]
+        return Answer(call.name, call.output, shapes, gradients)
+
+    def _note(self, call: Call, what: str) -> None:
+        self.notes.append(f"{call.name or 'the model'} {what}")
+
+    def _compared(self, task: Task, exact: Ran) -> str:
+        """Why that was possible in another mode alone, or not at all; "" where it was."""
         bound = BOUNDS[self.place.dtype]
+        there = self.there[task.call.name]
+        off, most = list[Ran](), 0.0
         try:
-            found = [
-                one
-                for _ in range(self.place.repeats)
-                for one in distances(exact, task.on(self.place, self.there[task.call.name]))
-            ]
+            for _ in range(self.place.repeats):
+                ran = task.on(self.place, there)
+                far = [worst(one, bound).beyond for one in distances(exact, ran)]
+                off += [ran] * (max(far, default=0.0) > 1)
+                most = max([most, *(one for one in far if one <= 1)])
         except OtherPathError as error:
-            if not task.random and self._draws(task, exact):
-                return False
-            self._fault(task, "path", Distance(str(error), math.inf), bound)
-            return True
+            if why := "" if task.random else self._varies(task, exact):
+                return why
+            self.faults.append(fault(task, "path", Distance(str(error), math.inf), bound))
+            return ""
         except Exception as error:
             if is_oom_error(error):
                 raise
-            self._fault(
-                task, "fails", Distance(f"{type(error).__name__}: {error}", math.inf), bound
-            )
-            return True
-        measured = [(one, worst(one, bound).beyond) for one in found]
-        off = [one for one, far in measured if far > 1]
-        if off and not task.random and self._draws(task, exact):
-            return False
-        self.worst = max([self.worst, *(far for _, far in measured if far <= 1)])
+            what = Distance(f"{type(error).__name__}: {error}", math.inf)
+            self.faults.append(fault(task, "fails", what, bound))
+            return ""
+        if why := "" if task.random or not off else self._varies(task, exact):
+            return why
+        self.worst = max(self.worst, most)
         if off:
-            self._judge(task, exact, off, bound)
-        return True
+            found = [*judged(task, self.place.dtype, exact, off)]
+            self.faults += [one for one in found if one.kind not in LIMITS]
+            self.limits += [one for one in found if one.kind in LIMITS]
+        return ""
 
-    def _draws(self, task: _Task, exact: Ran) -> bool:
-        """Whether the module draws at random, be it which others it calls."""
+    def _varies(self, task: Task, exact: Ran) -> str:
+        """Whether it draws at random, be it which others it calls; if so, it is compared without.
+
+        Or whether it keeps something from call to call.
+        """
+        if _same(task, exact, seed=1):
+            return ""
+        if not _same(task, exact, seed=0):
+            return "is not compared: it keeps something from call to call"
+        task.random = True
         try:
-            again = task.on_cpu(seed=1).found
+            self._compared(task, task.on_cpu())
         except OtherPathError:
-            again = {}
-        return again.keys() != exact.found.keys() or not all(
-            torch.equal(one, again[what]) for what, one in exact.found.items()
-        )
-
-    def _judge(self, task: _Task, exact: Ran, off: list[Distance], bound: float) -> None:
-        """Tell what is wrong from what this dtype does to this module on every device."""
-        dtype = self.place.dtype
-        noisy = task.on_cpu(lambda: Rounding(dtype))
-        made = {one.what: one for one in distances(exact, noisy)}
-        told: set[str] = set()  # once, however often it is repeated
-        for one in off:
-            noise = made[one.what]
-            finite = not math.isinf(one.error)
-            if one.what in told or (finite and worst(one, bound, noise).beyond <= 1):
-                continue
-            told.add(one.what)
-            overflows = not finite and math.isinf(noise.error)
-            self._fault(task, "overflow" if overflows else "wrong", one, bound, noise)
-
-    def _fault(
-        self, task: _Task, kind: str, one: Distance, bound: float, noise: Distance | None = None
-    ) -> None:
-        most = worst(one, bound, noise if noise and math.isfinite(noise.error) else None)
-        name, type_name = task.call.name, type(task.module).__qualname__
-        row = Fault(name, type_name, kind, one.what, most.how, most.found, most.allowed)
-        self.faults.append(row)
+            return "draws at random: not compared, for it calls other modules in eval mode"
+        return "draws at random: compared in eval mode"
 
     def _gradients(self, call: Call) -> Iterator[torch.Tensor]:
         """Those that reached the output, with a root mean square of 1; where none did, noise.
@@ -201,18 +169,15 @@ class Walk:
             yield found.to(one.dtype)
 
 
-@contextlib.contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    mode, module.training = module.training, False
+def _same(task: Task, exact: Ran, seed: int) -> bool:
+    """Whether the reference comes out as before."""
     try:
-        yield
-    finally:
-        module.training = mode
-
-
-def widened(one: torch.Tensor) -> torch.Tensor:
-    """A tensor in float64, or complex128."""
-    return one.to(torch.promote_types(one.dtype, torch.float64)) if is_float(one) else one
+        again = task.on_cpu(seed=seed).found
+    except OtherPathError:
+        return False
+    return again.keys() == exact.found.keys() and all(
+        torch.equal(one, again[what]) for what, one in exact.found.items()
+    )
 
 
 def rounded(value: Any, dtypes: list[torch.dtype]) -> Any:
@@ -228,9 +193,7 @@ def rounded(value: Any, dtypes: list[torch.dtype]) -> Any:
     return map_tensors(put, value)
 
 
-def dtypes_on_device(
-    model: torch.nn.Module, call: Callable[[], Any]
-) -> dict[str, Iterator[Dtypes]]:
+def dtypes_on_device(model: torch.nn.Module, call: Callable[[], Any]) -> dict[str, list[Dtypes]]:
     """What each call of each module is given and returns in `call()`."""
     found: dict[str, list[Dtypes]] = {}
 
@@ -246,4 +209,4 @@ def dtypes_on_device(
         for name, module in model.named_modules():
             hooks.enter_context(module.register_forward_hook(noting(name), with_kwargs=True))
         call()
-    return {name: iter(calls) for name, calls in found.items()}
+    return found
