@@ -316,6 +316,17 @@ def test_what_is_not_played_says_so() -> None:
                 change(torch.ones(2, 2, device="cuda"))
 
 
+def test_pooling_to_one_pixel_in_channels_last() -> None:
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    with play("h100", live=True):
+        there = x.to("cuda").requires_grad_()
+        pooled = nn.functional.adaptive_avg_pool2d(there, 1)
+        pooled.sum().backward()
+        assert torch.equal(pooled.cpu(), x.mean((-1, -2), keepdim=True))
+        assert there.grad is not None
+        assert torch.equal(there.grad.cpu(), torch.full_like(x, 1 / 16))
+
+
 # What may be of another device, and what may not: 2 x 2 there, and its like and an index on the
 # CPU and on a second device.
 Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]

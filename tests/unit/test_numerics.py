@@ -1171,4 +1171,9 @@ def test_the_reference_is_exact_where_a_model_asks_for_fewer_bits() -> None:
     assert {one.dtype for one in (*made, mixed, written)} == {torch.float64}
     assert torch.equal(made[0], double)
     assert torch.equal(written, double[0])
+    torch.manual_seed(0)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    with Wide():
+        assert torch.equal(torch.rand(3, dtype=torch.float32), drawn.double())
     assert torch.zeros(1).dtype is torch.float32

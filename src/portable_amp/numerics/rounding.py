@@ -34,7 +34,8 @@ class Wide(TorchDispatchMode):
         """Compute it, wider."""
         kwargs = dict(kwargs or {})
         dtype = kwargs.get("dtype")
-        if dtype in WIDER:
+        # What is drawn at random would be another number.
+        if dtype in WIDER and torch.Tag.nondeterministic_seeded not in function.tags:
             kwargs["dtype"] = WIDER[dtype]
         if not function._schema.is_mutable:
             args, kwargs = map_tensors(_wider, (args, kwargs))

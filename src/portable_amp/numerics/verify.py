@@ -103,8 +103,13 @@ def _walk(
         walk = Walk(place, there_by_name, rows, progress, sampled, until)
         for call in recorder.calls:
             walk.visit(reference, call)
-    weighted = {name for name, one in there.named_modules() if [*one.parameters(recurse=False)]}
-    idle = sorted(weighted - seen.keys())
+    idle = sorted(
+        name
+        for name, one in there.named_modules()
+        if name not in seen
+        # Some, such as attention, take the weights of another without calling it.
+        if any(f"{name}.{of}" not in walk.trained for of, _ in one.named_parameters(recurse=False))
+    )
     if idle:
         walk.notes.append(f"never called: {', '.join(idle[:8])}{', ...' * (len(idle) > 8)}")
     return walk

@@ -48,6 +48,8 @@ class Walk:
     noise: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     done: set[Any] = field(default_factory=set)
     """What was compared, where modules are sampled."""
+    trained: set[str] = field(default_factory=set)
+    """Parameters that have a gradient, by their names in the model."""
 
     def visit(self, module: torch.nn.Module, call: Call) -> Answer:
         """Compare what is inside, then the module itself with all inside answered."""
@@ -74,6 +76,9 @@ class Walk:
             self._note(call, "is not compared: rounding changes which modules it calls")
             return self._answer(call, None)
         self.modules += 1
+        of = "gradient of "
+        names = (one.removeprefix(of) for one in exact.found if one.startswith(of))
+        self.trained |= {f"{call.name}.{name}" if call.name else name for name in names}
         if why := self._compared(task, exact):
             self._note(call, why)
         self.progress.step(call.name)
