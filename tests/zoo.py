@@ -158,8 +158,10 @@ def discriminator() -> nn.Module:
 
 
 def words() -> torch.Tensor:
-    """(4, 20), int64 in [0, 50)."""
-    return torch.randint(0, 50, (4, 20))
+    """(4, 20), int64 in [0, 50); sentences end in padding, 0."""
+    return torch.randint(1, 50, (4, 20)) * (
+        torch.arange(20) < torch.tensor([[20], [17], [9], [13]])
+    )
 
 
 ZOO: dict[str, Callable[[], Made]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from portable_amp.distributed import agree_on_plan, common_to_ranks, of_rank_0
 from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
 from portable_amp.memory import clear_cache, memory_stats
 from portable_amp.notices import tell_once
+from portable_amp.numerics.islands import islands, keep_in_fp32
 from portable_amp.numerics.replay import Place
 from portable_amp.numerics.report import Report
 from portable_amp.numerics.verify import verify
@@ -210,6 +212,7 @@ class DeviceContext:
         repeats: int = 2,
         sizes: Sequence[int] = (),
         budget_s: float = math.inf,
+        backward: bool = True,
     ) -> Report:
         """Whether this device computes the model right under the plan, module by module.
 
@@ -226,6 +229,7 @@ class DeviceContext:
             sizes: numbers of samples to try, too, cut from the batch or repeated. Some devices are
                 wrong for many elements alone, or for odd numbers of them.
             budget_s: seconds after which no further module is compared; `notes` has how many.
+            backward: False: the forward pass alone, without gradients.
 
         Returns:
             `ok`; `faults` of the device; `limits`, where the dtype is as far off on any device;
@@ -239,12 +243,61 @@ class DeviceContext:
         >>> ctx.verify(torch.nn.Linear(8, 3), torch.randn(4, 8)).ok
         True
         """
+        return self._verified(
+            model, batch, loss, self.plan.fp32_modules, repeats,
+            sizes=sizes, budget_s=budget_s, backward=backward,
+        )  # fmt: skip
+
+    def _verified(
+        self,
+        model: torch.nn.Module,
+        batch: Any,
+        loss: Loss,
+        fp32_modules: tuple[str, ...],
+        repeats: int = 1,
+        **more: Any,
+    ) -> Report:
         plan = self.plan
         place = Place(self.device, self.autocast, plan.dtype, plan.memory_format, repeats)
         return verify(
             _unwrapped(model), batch, place,
-            loss=loss, move=self._moved, plan=plan.name, sizes=sizes, budget_s=budget_s,
+            loss=loss, move=self._moved, plan=plan.name, fp32_modules=fp32_modules, **more,
         )  # fmt: skip
+
+    def with_fp32_modules(
+        self, model: torch.nn.Module, batch: Any, *, loss: Loss = mean_square
+    ) -> DeviceContext:
+        """The same context, whose plan keeps in float32 the modules that 16 bits do not hold.
+
+        They are the fewest with which `verify` finds no overflow, and no result that rounding alone
+        puts off by a tenth. `to` makes them compute in float32; it has to be called with the model
+        afterwards. Where it is the model's own forward pass, the plan becomes fp32. Every rank must
+        call it; rank 0 decides.
+
+        Args:
+            model: as in `verify`.
+            batch: likewise.
+            loss: likewise.
+
+        Raises:
+            RuntimeError: the model fails on this batch, or cannot be copied.
+
+        >>> ctx = DeviceContext("cpu", precision="fp32")
+        >>> ctx.with_fp32_modules(torch.nn.Linear(8, 3), torch.randn(4, 8)).plan.fp32_modules
+        ()
+        """
+
+        def found() -> PrecisionPlan:
+            if not self.plan.autocast:
+                return self.plan
+            names = islands(lambda names: self._verified(model, batch, loss, names))
+            if "" not in names:
+                return replace(self.plan, fp32_modules=names)
+            why = f"{self.plan.name} does not hold what the model itself computes"
+            return replace(choose("fp32", self.capabilities), reason=why)
+
+        plan = common_to_ranks(of_rank_0(found), self.capabilities)
+        return _restore(self.device, self.capabilities, plan, self.unsupported)
 
     def scaler(
         self,
@@ -270,10 +323,13 @@ class DeviceContext:
         Containers keep their type. What has a method `to` of its own is moved by it, its tensors as
         all others. Copies are asynchronous where that is safe. A dtype that the device lacks, such
         as float64 on MPS, becomes a narrower one, and what has to stay where it is stays; each is
-        said once. A tuned context lays out images, too.
+        said once. A tuned context lays out images, too. Of a model that has them, the modules that
+        the plan names are kept in float32.
         """
         layout = self.plan.memory_format
         moved: T = self._moved(value, None if layout is torch.contiguous_format else layout)
+        if isinstance(moved, torch.nn.Module):
+            keep_in_fp32(_unwrapped(moved), self.plan.fp32_modules, self.device.type)
         return moved
 
     def loader_options(
@@ -345,6 +401,7 @@ class DeviceContext:
         if self.plan.tuned:  # rank 0 has decided
             return self
         plan = agree_on_plan(self.plan.request, self.capabilities)
+        plan = replace(plan, fp32_modules=self.plan.fp32_modules)
         if plan == self.plan:
             return self
         agreed = _restore(self.device, self.capabilities, plan, self.unsupported)
@@ -378,6 +435,11 @@ class DeviceContext:
                 f"DeviceContext(precision={' | '.join(others)})."
                 if others
                 else "nothing else is native here."
+            ),
+            *(
+                [f"Kept in fp32: {', '.join(plan.fp32_modules)}; {plan.name} does not hold them."]
+                if plan.fp32_modules
+                else []
             ),
             "Gradient scaler: "
             + (

@@ -69,7 +69,7 @@ def signature(
         (str(dtype), compiled),
         (capabilities.name, capabilities.device_type, capabilities.evidence),
         numeric_modes(),
-        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "5"),
+        (torch.__version__, torch.get_num_threads(), os.cpu_count(), "6"),
     )
     text = re.sub(r"\b0x[0-9a-fA-F]+", "", json.dumps(facts, default=repr))  # addresses
     return hashlib.sha256(text.encode()).hexdigest()
@@ -168,10 +168,12 @@ def recall(key: str) -> PrecisionPlan | None:
         path = cache_folder() / f"{key}.json"
         data = json.loads(path.read_bytes())
         chunk, compiled, evidence = data["chunk"], data["compiled"], data["evidence"]
+        names = data["fp32_modules"]
         if (
             not (chunk is None or (type(chunk) is int and chunk > 0))
             or type(compiled) is not bool
             or type(evidence) is not list
+            or type(names) is not list
         ):
             return None
         dtypes = {name: dtype for dtype, name in NAMES.items()}
@@ -184,6 +186,7 @@ def recall(key: str) -> PrecisionPlan | None:
             memory_format=LAYOUTS[data["layout"]],
             chunk=chunk,
             compiled=compiled,
+            fp32_modules=tuple(map(str, names)),
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None  # damaged, or written by another version: measured again
@@ -200,6 +203,7 @@ def keep(key: str, plan: PrecisionPlan) -> None:
     data = {
         "request": plan.request,
         "dtype": NAMES[plan.dtype],
+        "fp32_modules": plan.fp32_modules,
         "layout": LAYOUT_NAMES[plan.memory_format],
         "reason": plan.reason,
         "evidence": plan.evidence,

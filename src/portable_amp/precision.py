@@ -72,6 +72,9 @@ class PrecisionPlan:
     """Samples in one forward pass that inference is fastest with, for `split_on_oom(size=...)`."""
     compiled: bool = False
     """`model.compile()` was measured to be faster still; calling it is the loop's part."""
+    fp32_modules: tuple[str, ...] = ()
+    """Names of modules that `DeviceContext.to` keeps in float32, for 16 bits do not hold what they
+    compute."""
     settled: bool = True
     """False where noise hid whether another plan is faster; such a plan is not kept on disk."""
 

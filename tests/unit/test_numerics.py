@@ -202,7 +202,7 @@ FAULTS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("place", ["0", "4.conv", "4.norm", "4", "8"])
+@pytest.mark.parametrize("place", ["4.norm", "4"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_where_it_is(fault: str, place: str) -> None:
     torch.manual_seed(0)

@@ -9,8 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from portable_amp.nested import map_tensors, tensors_in
 
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
-"""The operations that tensor cores do, below autograd."""
+PRODUCTS = {
+    "mm": None, "bmm": None, "addmm": 0, "baddbmm": 0, "convolution": 2,
+    "convolution_backward": None,
+}  # fmt: skip
+"""What tensor cores compute, below autograd; and which of its arguments is only added."""
 
 
 WIDER = {
@@ -43,7 +46,7 @@ class Wide(TorchDispatchMode):
 
 
 def _wider(one: torch.Tensor) -> torch.Tensor:
-    return one.to(WIDER.get(one.dtype, one.dtype))
+    return one.to(WIDER[one.dtype]) if one.dtype in WIDER else one
 
 
 class Rounding(TorchDispatchMode):
@@ -100,8 +103,10 @@ class Narrow(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Compute it, of shorter numbers if it is a product."""
-        if function.overloadpacket.__name__ in PRODUCTS:
-            args = map_tensors(self._short, args)
+        name = function.overloadpacket.__name__
+        if name in PRODUCTS:
+            short = map_tensors(self._short, args)
+            args = [one if at == PRODUCTS[name] else short[at] for at, one in enumerate(args)]
         return function(*args, **(kwargs or {}))
 
     def _short(self, one: torch.Tensor) -> torch.Tensor:

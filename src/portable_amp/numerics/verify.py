@@ -14,6 +14,7 @@ from portable_amp.autocast import maybe_autocast
 from portable_amp.copies import LAYOUT_NAMES, Loss, copier
 from portable_amp.nested import length_of, map_tensors, slice_of
 from portable_amp.numerics.calls import Recorder, answered, copied
+from portable_amp.numerics.islands import keep_in_fp32
 from portable_amp.numerics.progress import Progress
 from portable_amp.numerics.replay import Place, restored, widened
 from portable_amp.numerics.report import Report
@@ -32,6 +33,8 @@ def verify(
     loss: Loss,
     move: Move,
     plan: str,
+    backward: bool = True,
+    fp32_modules: tuple[str, ...] = (),
     sizes: Sequence[int] = (),
     budget_s: float = math.inf,
     sampled: bool = False,
@@ -45,11 +48,17 @@ def verify(
     state = rng_state()
     walks = []
     try:
-        with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as regions:
+        with contextlib.ExitStack() as regions:
+            regions.enter_context(torch.inference_mode(False))
+            regions.enter_context(torch.set_grad_enabled(backward))
             for kind in {"cpu", place.device.type}:  # of the reference, and of backward passes
                 regions.enter_context(maybe_autocast(kind, enabled=False))
             for one in batches:
-                walks.append(_walk(model, one, place, loss, move, until, sampled))
+                walk = _walk(
+                    model, one, place, loss, move,
+                    backward=backward, fp32_modules=fp32_modules, until=until, sampled=sampled,
+                )  # fmt: skip
+                walks.append(walk)
     finally:
         set_rng_state(state)
     notes = [note for walk in walks for note in walk.notes]
@@ -74,16 +83,17 @@ def _walk(
     place: Place,
     loss: Loss,
     move: Move,
-    until: float,
-    sampled: bool,
+    *,
+    fp32_modules: tuple[str, ...],
+    **options: Any,
 ) -> Walk:
     reference, wide = copier(model, batch, lambda value, _: value)("contiguous")
     reference = _out_of_place(reference).cpu()
     for one in (*reference.parameters(), *reference.buffers()):
-        one.data = widened(one.data)
-    wide = map_tensors(lambda one: widened(one.cpu()), copied(wide))
+        one.data = _plain(one.data)
+    wide = map_tensors(lambda one: _plain(one.cpu()), copied(wide))
     there, mine = copier(model, batch, move)(LAYOUT_NAMES[place.layout])
-    _out_of_place(there)
+    keep_in_fp32(_out_of_place(there), fp32_modules, place.device.type)
 
     def on_device() -> None:
         with place.region():
@@ -100,7 +110,7 @@ def _walk(
     with Progress("verify", sum(map(len, seen.values()))) as progress:
         rows = {name: iter(calls) for name, calls in seen.items()}
         there_by_name = dict(there.named_modules())
-        walk = Walk(place, there_by_name, rows, progress, sampled, until)
+        walk = Walk(place, there_by_name, rows, progress, fp32_modules=fp32_modules, **options)
         for call in recorder.calls:
             walk.visit(reference, call)
     idle = sorted(
@@ -122,6 +132,12 @@ def resized(batch: Any, size: int) -> Any:
         return slice_of(batch, 0, size)
     at = torch.arange(size) % total
     return map_tensors(lambda one: one[at.to(one.device)] if one.dim() else one, batch)
+
+
+def _plain(one: torch.Tensor) -> torch.Tensor:
+    """Wide, and contiguous: a layout may have kernels of its own."""
+    one = widened(one)
+    return one.contiguous() if one.layout is torch.strided else one
 
 
 def _out_of_place(model: torch.nn.Module) -> torch.nn.Module:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from portable_amp.autocast import maybe_autocast
 from portable_amp.memory import is_oom_error
 from portable_amp.nested import map_tensors, tensors_in
 from portable_amp.numerics.calls import Call, Recorder, answered, floats, is_float, named_calls
+from portable_amp.numerics.islands import is_inside
 from portable_amp.numerics.judge import BOUNDS, Distance, distances, worst
 from portable_amp.numerics.progress import Progress
 from portable_amp.numerics.replay import Answer, OtherPathError, Place, Ran, Task, restored
@@ -34,6 +37,10 @@ class Walk:
     seen: dict[str, Iterator[Dtypes]]
     """Of the calls of each module on the device, in their order."""
     progress: Progress
+    backward: bool = True
+    """Gradients are compared, too."""
+    fp32_modules: tuple[str, ...] = ()
+    """Those that are kept in float32."""
     sampled: bool = False
     """Of modules that are alike, and are given alike, one is compared."""
     until: float = math.inf
@@ -114,14 +121,17 @@ class Walk:
 
     def _compared(self, task: Task, exact: Ran) -> str:
         """Why that was possible in another mode alone, or not at all; "" where it was."""
-        bound = BOUNDS[self.place.dtype]
-        there = self.there[task.call.name]
-        off, most = list[Ran](), 0.0
+        there, place = self.there[task.call.name], self.place
+        if is_inside(task.call.name, self.fp32_modules):  # its inputs are in float32, too
+            off = functools.partial(maybe_autocast, place.device.type, enabled=False)
+            place = replace(place, region=off, dtype=torch.float32)
+        bound = BOUNDS[place.dtype]
+        far_off, most = list[Ran](), 0.0
         try:
-            for _ in range(self.place.repeats):
-                ran = task.on(self.place, there)
+            for _ in range(place.repeats):
+                ran = task.on(place, there)
                 far = [worst(one, bound).beyond for one in distances(exact, ran)]
-                off += [ran] * (max(far, default=0.0) > 1)
+                far_off += [ran] * (max(far, default=0.0) > 1)
                 most = max([most, *(one for one in far if one <= 1)])
         except OtherPathError as error:
             if why := "" if task.random else self._varies(task, exact):
@@ -134,11 +144,11 @@ class Walk:
             what = Distance(f"{type(error).__name__}: {error}", math.inf)
             self.faults.append(fault(task, "fails", what, bound))
             return ""
-        if why := "" if task.random or not off else self._varies(task, exact):
+        if why := "" if task.random or not far_off else self._varies(task, exact):
             return why
         self.worst = max(self.worst, most)
-        if off:
-            found = [*judged(task, self.place.dtype, exact, off)]
+        if far_off:
+            found = [*judged(task, place.dtype, exact, far_off)]
             self.faults += [one for one in found if one.kind not in LIMITS]
             self.limits += [one for one in found if one.kind in LIMITS]
         return ""
@@ -164,7 +174,7 @@ class Walk:
 
         Rounded to the dtypes that they have on the device.
         """
-        for at, one in enumerate(floats(call.output)):
+        for at, one in enumerate(floats(call.output) if self.backward else ()):
             found = call.gradients[at]
             norm = 0.0 if found is None else float(found.norm())
             if found is None or not 0 < norm < math.inf:
