@@ -19,6 +19,7 @@ FLOORS = (
     {"capabilities"},
     {"precision", "traps"},
     {"autocast", "memory", "transfer", "rng", "checkpoint", "distributed"},
+    {"fp32"},
     {"scaler", "copies"},
     {"numerics"},
     {"tuning"},
