@@ -20,7 +20,7 @@ from portable_amp.callables import opened
 from portable_amp.capabilities import Capabilities
 from portable_amp.checkpoint import replacing
 from portable_amp.copies import LAYOUT_NAMES, LAYOUTS
-from portable_amp.fp32 import settings
+from portable_amp.fp32_state import settings
 from portable_amp.nested import tensors_in
 from portable_amp.precision import PrecisionPlan
 from portable_amp.tuning import NAMES

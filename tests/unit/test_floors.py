@@ -18,7 +18,7 @@ FLOORS = (
     {"backends", "nested"},
     {"capabilities"},
     {"precision", "traps"},
-    {"autocast", "memory", "transfer", "rng", "checkpoint", "distributed"},
+    {"autocast", "memory", "transfer", "rng", "checkpoint", "distributed", "fp32_state"},
     {"fp32"},
     {"scaler", "copies"},
     {"numerics"},

@@ -22,9 +22,11 @@ from portable_amp import (
     ScalerShim,
     UnsupportedPrecisionError,
     fp32,
+    fp32_state,
 )
 from portable_amp.backends import BACKENDS, CPU, CUDA, MPS, XPU
-from portable_amp.fp32 import Float32, settings
+from portable_amp.fp32 import Float32
+from portable_amp.fp32_state import settings
 from portable_amp.plan_cache import numeric_modes
 from portable_amp.testing import play
 
@@ -48,15 +50,15 @@ OLD = {
 
 def everything() -> dict[str, Any]:
     """What each name reads as; and what the new ones say of their own, which only writing tells."""
-    names = [".".join(one) for one in (*fp32._PARENTS, *fp32._NAMES)] if NEW else []
-    found = {name: fp32._get((*name.split("."),)) for name in names}  # type: ignore[arg-type]
+    names = [".".join(one) for one in (*fp32_state._PARENTS, *fp32_state._NAMES)] if NEW else []
+    found = {name: fp32_state._get((*name.split("."),)) for name in names}  # type: ignore[arg-type]
     return found | {name: read(question) for name, question in OLD.items()}
 
 
 def own_values() -> dict[str, Any]:
     """How each leaf reads once what it inherits is gone; the settings end as they were."""
-    state = fp32._take()
-    fp32._give(state)
+    state = fp32_state.take()
+    fp32_state.give(state)
     return {".".join(name): value for name, value in state.names.items()}
 
 
@@ -98,12 +100,12 @@ if NEW:
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
     """The settings of the process, and no entry that is left."""
-    state = fp32._take()
-    fp32._give(state)
+    state = fp32_state.take()
+    fp32_state.give(state)
     yield
     left = [*fp32._entries]
     fp32._entries.clear()
-    fp32._give(state)
+    fp32_state.give(state)
     assert not left
 
 
@@ -238,13 +240,13 @@ def _run(program: list[Any]) -> None:
 
 @given(_programs())
 def test_a_region_ends_as_it_began_whatever_is_nested_raised_and_set(program: list[Any]) -> None:
-    state = fp32._take()
-    fp32._give(state)
+    state = fp32_state.take()
+    fp32_state.give(state)
     try:
         _run(program)
         assert not fp32._entries
     finally:
-        fp32._give(state)
+        fp32_state.give(state)
 
 
 @given(st.lists(WORDS, max_size=4).flatmap(lambda words: st.permutations([*enumerate(words)])))
