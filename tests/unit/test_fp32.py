@@ -21,9 +21,11 @@ from portable_amp import (
     PrecisionFallbackWarning,
     ScalerShim,
     UnsupportedPrecisionError,
+    context,
     fp32,
     fp32_state,
 )
+from portable_amp.autocast import NoAutocast
 from portable_amp.backends import BACKENDS, CPU, CUDA, MPS, XPU
 from portable_amp.fp32 import Float32
 from portable_amp.fp32_state import settings
@@ -110,8 +112,6 @@ def _as_before() -> Iterator[None]:
 
 
 def cuda(word: str) -> Float32:
-    from portable_amp.autocast import NoAutocast
-
     return Float32(word, "cuda", NoAutocast())
 
 
@@ -444,8 +444,6 @@ def test_measuring_and_verifying_compute_so_forward_and_backward() -> None:
     ctx.verify(Model(8, 3), batch)
     assert {*forward} == {*Sees.seen} == {"highest"}
     assert tuned.fp32 == "ieee"
-    assert tuned != ctx.agreed()
-    assert ctx.agreed().fp32 == "ieee"
     assert torch.get_float32_matmul_precision() == "high"
 
 
@@ -461,10 +459,16 @@ def test_the_word_is_part_of_the_context() -> None:
         strict.fp32 = "as_is"
 
 
+def test_ranks_that_agree_keep_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = DeviceContext("cpu", fp32="ieee")
+    assert ctx.agreed() is ctx
+    plan = replace(ctx.plan, reason="it is what all ranks can do")
+    monkeypatch.setattr(context, "agree_on_plan", lambda *_: plan)
+    assert (ctx.agreed().plan, ctx.agreed().fp32) == (plan, "ieee")
+
+
 def test_plans_are_kept_apart_by_the_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("PORTABLE_AMP_CACHE", str(tmp_path))
-    from portable_amp import context
-
     keys = []
     monkeypatch.setattr(context, "recall", lambda key: keys.append(key) or plan)
     plan = DeviceContext("cpu").plan
