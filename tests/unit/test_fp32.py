@@ -341,6 +341,17 @@ def test_a_generator_is_entered_at_each_resumption() -> None:
         region(coroutine)
 
 
+def test_a_shared_region_is_left_by_the_thread_that_leaves() -> None:
+    shared = cuda("ieee")
+    with ThreadPoolExecutor(1) as other:
+        shared.__enter__()
+        other.submit(shared.__enter__).result()
+        shared.__exit__(None, None, None)
+        with cuda("tf32"):
+            assert settings(CUDA)["matmul"] == "ieee"  # the other thread's
+        other.submit(shared.__exit__, None, None, None).result()
+
+
 def test_what_was_not_entered_is_not_left() -> None:
     with pytest.raises(RuntimeError, match="was not entered"):
         cuda("ieee").__exit__(None, None, None)
