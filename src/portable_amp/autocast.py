@@ -168,15 +168,7 @@ class Autocast(torch.autocast):
         return self, device, on, dtype, cached, live
 
     def __call__(self, func: F) -> F:
-        if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
-            raise TypeError(
-                f"maybe_autocast cannot decorate the coroutine {func.__name__!r}: the event loop "
-                "would run other tasks inside it. Use `with` around the code that computes."
-            )
-        if inspect.isgeneratorfunction(func):
-            return _decorate_generator(self, func)  # type: ignore[return-value]
-        decorated: F = super().__call__(func)  # type: ignore[no-untyped-call]
-        return decorated
+        return decorate(self, func, super().__call__)
 
 
 class OffAutocast(Autocast):
@@ -231,8 +223,24 @@ class NoAutocast(contextlib.ContextDecorator):
         return None
 
 
+def decorate(region: Region, func: F, plain: Callable[[F], Any]) -> F:
+    """The function in the region, entered at each call; `plain` does it for one that is simple.
+
+    Raises:
+        TypeError: it is a coroutine.
+    """
+    if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
+        raise TypeError(
+            f"maybe_autocast cannot decorate the coroutine {func.__name__!r}: the event loop "
+            "would run other tasks inside it. Use `with` around the code that computes."
+        )
+    generates = inspect.isgeneratorfunction(func)
+    decorated: F = _decorate_generator(region, func) if generates else plain(func)  # type: ignore[assignment]
+    return decorated
+
+
 def _decorate_generator(
-    region: Autocast, func: Callable[..., Generator[Any, Any, Any]]
+    region: Region, func: Callable[..., Generator[Any, Any, Any]]
 ) -> Callable[..., Generator[Any, Any, Any]]:
     """Autocast around each resumption, not around the call that only makes the generator."""
 

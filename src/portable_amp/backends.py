@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,6 +64,27 @@ class MemoryStats:
     """What the device can give to this process."""
 
 
+class Float32Setting(NamedTuple):
+    """What torch computes one kind of operation in, of float32 tensors."""
+
+    operation: str
+    """"matmul", "conv" or "rnn"."""
+    library: str = ""
+    """As `fp32_precision` has it, from torch 2.9 on; empty where that does not rule."""
+    old: str = ""
+    """The name before, or until now: a flag, or "float32_matmul_precision"."""
+
+
+class Float32Variable(NamedTuple):
+    """Of the environment, read by the libraries below torch, whatever torch's settings say."""
+
+    name: str
+    denies: str
+    """"ieee" or "tf32": what cannot be had with it."""
+    values: str
+    """A regular expression: with these."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """How to deal with one device type."""
@@ -93,6 +114,8 @@ class Backend:
     """What an out-of-memory error of this device says."""
     channels_last_fault: Callable[[torch.nn.Module], str] = lambda model: ""
     """Why a model is not to be laid out channels last there; empty where nothing is known."""
+    float32: tuple[Float32Setting, ...] = ()
+    float32_variables: tuple[Float32Variable, ...] = ()
     replaces_parameters: bool = False
     """Module.to makes new parameters, and unties those that are shared (pytorch#116255)."""
 
@@ -355,6 +378,13 @@ CUDA = Backend(
     pins_memory=True,
     copies=_ASYNCHRONOUS,
     distributed="nccl",
+    float32=(
+        Float32Setting("matmul", "cuda", "cuda.matmul.allow_tf32"),
+        Float32Setting("conv", "cuda", "cudnn.allow_tf32"),
+        Float32Setting("rnn", "cuda", "cudnn.allow_tf32"),
+    ),
+    # Source: NVIDIA's documentation of cuBLAS and cuDNN: 0 turns TF32 off for good.
+    float32_variables=(Float32Variable("NVIDIA_TF32_OVERRIDE", "tf32", "0"),),
     # Source: torch's and ROCm's sources and reports; pytorch#112377 (NVML, on a part of a card),
     # pytorch#20123 (cuDNN), ROCm/TheRock#1708 (hipBLAS).
     out_of_memory=(
@@ -392,6 +422,11 @@ XPU = Backend(
     pins_memory=True,
     copies=_ASYNCHRONOUS,
     distributed="xccl",
+    # Source: torch's mkldnn/xpu sources, Matmul.cpp and Conv.cpp, which ask this flag alone.
+    float32=(
+        Float32Setting("matmul", old="mkldnn.allow_tf32"),
+        Float32Setting("conv", old="mkldnn.allow_tf32"),
+    ),
     # Source: the error codes of Unified Runtime, of the plugins before it, and of Level Zero;
     # pytorch#177714, intel-extension-for-pytorch#325, #629.
     out_of_memory=(
@@ -418,6 +453,8 @@ MPS = Backend(
     # Source: pytorch#175189, open; not seen on hardware.
     channels_last_fault=lambda model: "batch norm's gradients can be wrong (pytorch#175189)",
     copies="synchronous: a non_blocking copy to MPS can corrupt data (pytorch#139550)",
+    # Source: torch's documentation of MPS environment variables: Metal kernels with fast math.
+    float32_variables=(Float32Variable("PYTORCH_MPS_FAST_MATH", "ieee", "(?!0$).+"),),
     # Source: torch's MPS allocator (pytorch#141909), and Metal's own error.
     out_of_memory=(
         "MPS backend out of memory",
@@ -433,6 +470,16 @@ CPU = Backend(
     channels_last_fault=_cpu_channels_last_fault,
     copies="none: batches are there already",
     distributed="gloo",
+    float32=(
+        Float32Setting("matmul", "mkldnn", "float32_matmul_precision"),
+        Float32Setting("conv", "mkldnn"),
+        Float32Setting("rnn", "mkldnn"),
+    ),
+    # Source: oneDNN's documentation, primitive attributes, fpmath mode.
+    float32_variables=tuple(
+        Float32Variable(f"{library}_DEFAULT_FPMATH_MODE", "ieee", "(?i)(?!strict$).+")
+        for library in ("ONEDNN", "DNNL")
+    ),
     out_of_memory=(
         "DefaultCPUAllocator: can't allocate memory",
         "DefaultCPUAllocator: not enough memory",

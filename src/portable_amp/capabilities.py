@@ -45,6 +45,8 @@ class Capabilities:
     """Floating dtypes of which there are no tensors there."""
     autocast_float32: bool = False
     """torch.autocast(dtype=torch.float32) means something: it runs the fp32 list in fp32."""
+    tf32: bool | None = None
+    """It can multiply float32 matrices in TF32; None where nobody tells."""
     mixed_precision_caveat: str = ""
     """Why automatic mixed precision is not to be trusted blindly here; empty where it is."""
     evidence: tuple[str, ...] = ()
@@ -160,6 +162,7 @@ def _derive_nvidia(hw: Hardware) -> Capabilities:
         float16=Support.ABSENT if broken_half else _native_or_slow(fast_half),
         bfloat16=_native_or_slow(native_bf16),
         autocast_float32=True,
+        tf32=cc[0] >= 8,  # Source: CUDA C Programming Guide, tensor cores of 8.0 and later
         evidence=evidence,
     )
 
@@ -175,6 +178,8 @@ def _derive_amd(hw: Hardware) -> Capabilities:
         float16=_native_or_slow(native_fp16),
         bfloat16=Support.ABSENT if rdna_without else _native_or_slow(native_bf16),
         autocast_float32=True,
+        # Source: AMD's instruction set of CDNA3 has XF32; that of CDNA4 has it no more.
+        tf32=hw.arch.startswith("gfx94"),
         evidence=[f"{hw.name}, {hw.arch}"]
         + ([] if native_bf16 else [f"{hw.arch} has no bf16 instructions"]),
     )
@@ -206,6 +211,7 @@ def _derive_mps(hw: Hardware) -> Capabilities:
         bfloat16=Support.NATIVE if bf16 else Support.ABSENT,
         autocast=hw.autocast and fp16,
         grad_scaler=hw.torch_version >= (2, 8),
+        tf32=False,
         lacks=() if has_bf16 else (torch.bfloat16,),
         caveat="torch's autocast covers only part of its operations on MPS",
         evidence=[
@@ -226,6 +232,7 @@ def _derive_cpu(hw: Hardware) -> Capabilities:
         hw,
         float16=_native_or_slow(bool(for_fp16)),
         bfloat16=_native_or_slow(bool(for_bf16)),
+        tf32=False,
         caveat="on a CPU mixed precision can be slower than fp32, depending on the model",
         evidence=[f"{hw.name}, 16-bit instructions: {found}"],
     )
@@ -258,6 +265,7 @@ def _assemble(
     autocast: bool | None = None,
     grad_scaler: bool = True,
     autocast_float32: bool = False,
+    tf32: bool | None = None,
     lacks: tuple[torch.dtype, ...] = (),
     caveat: str = "",
 ) -> Capabilities:
@@ -274,6 +282,7 @@ def _assemble(
         autocast=hw.autocast if autocast is None else autocast,
         grad_scaler=grad_scaler,
         autocast_float32=autocast_float32,
+        tf32=tf32,
         mixed_precision_caveat=caveat,
         evidence=tuple(evidence),
         total_memory=hw.total_memory,

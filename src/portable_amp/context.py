@@ -25,6 +25,7 @@ from portable_amp.capabilities import Capabilities, probe
 from portable_amp.copies import Loss, mean_square
 from portable_amp.distributed import agree_on_plan, common_to_ranks, of_rank_0
 from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
+from portable_amp.fp32 import explained, obstacle, parse_fp32, region_of
 from portable_amp.memory import clear_cache, memory_stats
 from portable_amp.notices import tell_once
 from portable_amp.numerics.islands import islands, keep_in_fp32
@@ -53,6 +54,9 @@ class DeviceContext:
             "fp32", "fp16", "bf16", or the spellings of other libraries.
         unsupported: what becomes of a request this machine cannot honour: "fallback" to fp32 with
             one PrecisionFallbackWarning, or "raise". $PORTABLE_AMP_STRICT=1 always raises.
+        fp32: what float32 is computed in, inside of `autocast()` and of the scaler's
+            `backward_step`: "ieee" or "tf32", or "as_is", as torch's settings have it. These are of
+            the whole process, and restored at the end of the region.
 
     Raises:
         DeviceError: there is no such device here.
@@ -69,6 +73,7 @@ class DeviceContext:
     capabilities: Capabilities
     plan: PrecisionPlan
     unsupported: str
+    fp32: str
     _autocast: Region | None
 
     def __init__(
@@ -77,13 +82,18 @@ class DeviceContext:
         *,
         precision: Precision = "auto",
         unsupported: str = "fallback",
+        fp32: str = "as_is",
     ) -> None:
         if unsupported not in ("fallback", "raise"):
             raise ValueError(f"unsupported={unsupported!r}: 'fallback' or 'raise' work here")
+        word = parse_fp32(fp32)
         where = resolve_device(device)
         capabilities = probe(where)
-        self._fill(where, capabilities, choose(precision, capabilities), unsupported)
+        self._fill(where, capabilities, choose(precision, capabilities), unsupported, word)
         self._tell()
+        why = obstacle(word, self.backend, capabilities)
+        if why:
+            _unhonoured(f"fp32={word!r}", where, "changes nothing", why, unsupported)
 
     @property
     def backend(self) -> Backend:
@@ -123,11 +133,14 @@ class DeviceContext:
         """
         compiling = is_dynamo_compiling()
         if compiling or not enabled or dtype is not None or cache_enabled is not None:
-            return self._region(enabled, dtype, cache_enabled, compiling)
+            if self.fp32 == "as_is":
+                return self._region(enabled, dtype, cache_enabled, compiling)
+            return self._float32_region(enabled, dtype, cache_enabled)
         region = self._autocast
         if region is None:
-            made: Any = self._region(True, None, None)
-            made.inherits_cache = True
+            make = self._region if self.fp32 == "as_is" else self._float32_region
+            made: Any = make(True, None, None)
+            getattr(made, "inner", made).inherits_cache = True
             region = self.__dict__["_autocast"] = made
         return region
 
@@ -181,7 +194,9 @@ class DeviceContext:
 
         def measured() -> PrecisionPlan:
             can = self.capabilities
-            key = signature(model, batch, can, loss=loss, dtype=dtype, compiled=compile)
+            key = signature(
+                model, batch, can, loss=loss, dtype=dtype, compiled=compile, fp32=self.fp32
+            )
             if cache == "renew":
                 forget_plan(key)
             kept = recall(key) if cache else None
@@ -199,7 +214,7 @@ class DeviceContext:
             return plan
 
         plan = common_to_ranks(of_rank_0(measured), self.capabilities)
-        tuned = _restore(self.device, self.capabilities, plan, self.unsupported)
+        tuned = _restore(self.device, self.capabilities, plan, self.unsupported, self.fp32)
         tuned._tell()
         return tuned
 
@@ -259,10 +274,11 @@ class DeviceContext:
     ) -> Report:
         plan = self.plan
         place = Place(self.device, self.autocast, plan.dtype, plan.memory_format, repeats)
-        return verify(
-            _unwrapped(model), batch, place,
-            loss=loss, move=self._moved, plan=plan.name, fp32_modules=fp32_modules, **more,
-        )  # fmt: skip
+        with self.autocast(enabled=False):  # for backward passes; the place has a region of its own
+            return verify(
+                _unwrapped(model), batch, place,
+                loss=loss, move=self._moved, plan=plan.name, fp32_modules=fp32_modules, **more,
+            )  # fmt: skip
 
     def with_fp32_modules(
         self, model: torch.nn.Module, batch: Any, *, loss: Loss = mean_square
@@ -297,7 +313,7 @@ class DeviceContext:
             return replace(choose("fp32", self.capabilities), reason=why)
 
         plan = common_to_ranks(of_rank_0(found), self.capabilities)
-        return _restore(self.device, self.capabilities, plan, self.unsupported)
+        return _restore(self.device, self.capabilities, plan, self.unsupported, self.fp32)
 
     def scaler(
         self,
@@ -315,6 +331,7 @@ class DeviceContext:
             backoff_factor,
             growth_interval,
             enabled=enabled and self.plan.scaler,
+            region=region_of(self.fp32, self.backend, self.capabilities, NoAutocast()),
         )
 
     def to(self, value: T) -> T:
@@ -404,7 +421,7 @@ class DeviceContext:
         plan = replace(plan, fp32_modules=self.plan.fp32_modules)
         if plan == self.plan:
             return self
-        agreed = _restore(self.device, self.capabilities, plan, self.unsupported)
+        agreed = _restore(self.device, self.capabilities, plan, self.unsupported, self.fp32)
         agreed._tell()
         return agreed
 
@@ -441,6 +458,7 @@ class DeviceContext:
                 if plan.fp32_modules
                 else []
             ),
+            *explained(self.fp32, row, self.capabilities),
             "Gradient scaler: "
             + (
                 "on; fp16 gradients underflow without it."
@@ -485,6 +503,11 @@ class DeviceContext:
         _tell(plan, self.device, self.unsupported)
         return plan.dtype
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _float32_region(self, *arguments: Any) -> Region:
+        """One in which float32 is as `fp32` says; torch.compile calls this, and cannot trace it."""
+        return region_of(self.fp32, self.backend, self.capabilities, self._region(*arguments))
+
     # torch.compile takes it while tracing, as it takes autocast._decide.
     _honoured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -497,9 +520,10 @@ class DeviceContext:
         capabilities: Capabilities,
         plan: PrecisionPlan,
         unsupported: str,
+        fp32: str,
     ) -> None:
         state = {"device": device, "capabilities": capabilities, "plan": plan}
-        self.__dict__.update(state, unsupported=unsupported, _autocast=None)
+        self.__dict__.update(state, unsupported=unsupported, fp32=fp32, _autocast=None)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a DeviceContext is immutable: make a new one to change {name!r}")
@@ -508,16 +532,18 @@ class DeviceContext:
         raise AttributeError("a DeviceContext is immutable")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.device, self.capabilities, self.plan, self.unsupported)
+        state = self.device, self.capabilities, self.plan, self.unsupported, self.fp32
+        return _restore, state
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DeviceContext) and self.__reduce__() == other.__reduce__()
 
     def __hash__(self) -> int:
-        return hash((self.device, self.plan))
+        return hash((self.device, self.plan, self.fp32))
 
     def __repr__(self) -> str:
-        return f"DeviceContext('{self.device}', precision={self.plan.name!r})"
+        fp32 = "" if self.fp32 == "as_is" else f", fp32={self.fp32!r}"
+        return f"DeviceContext('{self.device}', precision={self.plan.name!r}{fp32})"
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -528,11 +554,15 @@ def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _restore(
-    device: torch.device, capabilities: Capabilities, plan: PrecisionPlan, unsupported: str
+    device: torch.device,
+    capabilities: Capabilities,
+    plan: PrecisionPlan,
+    unsupported: str,
+    fp32: str = "as_is",
 ) -> DeviceContext:
     """A context as it was, decided elsewhere: nothing is probed, chosen or told again."""
     context = DeviceContext.__new__(DeviceContext)
-    context._fill(device, capabilities, plan, unsupported)
+    context._fill(device, capabilities, plan, unsupported, fp32)
     return context
 
 
@@ -542,13 +572,19 @@ def _tell(plan: PrecisionPlan, device: torch.device, unsupported: str) -> None:
         if plan.request == "auto" and not plan.autocast:
             tell_once(key, f"{device}: mixed precision is off, computing in fp32: {plan.reason}.")
         return
+    _unhonoured(f"precision={plan.request!r}", device, "becomes fp32", plan.reason, unsupported)
+
+
+def _unhonoured(
+    request: str, device: torch.device, becomes: str, why: str, unsupported: str
+) -> None:
+    """One warning of a request that this machine cannot honour, or an error where it is to be one.
+
+    Raises:
+        UnsupportedPrecisionError: under "raise", and $PORTABLE_AMP_STRICT.
+    """
     strict = os.environ.get(STRICT_VARIABLE, "").strip().lower() not in _OFF
     if strict or unsupported == "raise":
-        raise UnsupportedPrecisionError(
-            f"precision={plan.request!r} is refused on {device}: {plan.reason}."
-        )
-    tell_once(
-        key,
-        f"precision={plan.request!r} on {device} becomes fp32: {plan.reason}.",
-        PrecisionFallbackWarning,
-    )
+        raise UnsupportedPrecisionError(f"{request} is refused on {device}: {why}.")
+    key = (str(device), request, why)
+    tell_once(key, f"{request} on {device} {becomes}: {why}.", PrecisionFallbackWarning)

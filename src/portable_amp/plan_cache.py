@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from portable_amp.backends import BACKENDS
 from portable_amp.callables import opened
 from portable_amp.capabilities import Capabilities
 from portable_amp.checkpoint import replacing
 from portable_amp.copies import LAYOUT_NAMES, LAYOUTS
+from portable_amp.fp32_state import settings
 from portable_amp.nested import tensors_in
 from portable_amp.precision import PrecisionPlan
 from portable_amp.tuning import NAMES
@@ -29,12 +31,7 @@ CACHE_VARIABLE = "PORTABLE_AMP_CACHE"
 # version of torch and how it was built.
 _MODES = (
     "get_default_dtype", "are_deterministic_algorithms_enabled", "is_anomaly_enabled",
-    "is_deterministic_algorithms_warn_only_enabled", "get_float32_matmul_precision",
-    "backends.fp32_precision", "backends.cuda.matmul.fp32_precision",
-    "backends.cudnn.fp32_precision", "backends.cudnn.conv.fp32_precision",
-    "backends.cudnn.rnn.fp32_precision", "backends.mkldnn.fp32_precision",
-    "backends.mkldnn.matmul.fp32_precision", "backends.mkldnn.conv.fp32_precision",
-    "backends.mkldnn.rnn.fp32_precision", "backends.cudnn.allow_tf32",
+    "is_deterministic_algorithms_warn_only_enabled",
     "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
     "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
     "backends.cuda.matmul.allow_fp16_accumulation", "backends.mkldnn.enabled",
@@ -60,13 +57,14 @@ def signature(
     loss: Callable[..., Any],
     dtype: torch.dtype | None = None,
     compiled: bool = False,
+    fp32: str = "as_is",
 ) -> str:
     """A key for all that a measurement depends on."""
     facts = (
         _model(model),
         [_lies(one) for one in tensors_in(batch)],
         _computes(loss),
-        (str(dtype), compiled),
+        (str(dtype), compiled, fp32),
         (capabilities.name, capabilities.device_type, capabilities.evidence),
         numeric_modes(),
         (torch.__version__, torch.get_num_threads(), os.cpu_count(), "6"),
@@ -76,12 +74,9 @@ def signature(
 
 
 def numeric_modes() -> list[str]:
-    """How this process computes, as far as torch and the environment tell.
-
-    torch raises where the new names (2.9+) were set and the old ones are read, and the reverse
-    (pytorch#189955); the new names then tell the same.
-    """
+    """How this process computes, as far as torch and the environment tell."""
     found = [f"{name}={os.environ.get(name)}" for name in _VARIABLES]
+    found += [f"float32 of {row.device_type}: {settings(row)}" for row in BACKENDS]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old names
         for name in _MODES:

@@ -35,8 +35,7 @@ _NO_PRECISION: dict[object, str] = {
     ),
     **dict.fromkeys(
         ("tf32", "tensorfloat32", "tensorfloat-32"),
-        "it is how some cards multiply float32 matrices: 'fp32', and "
-        "torch.set_float32_matmul_precision('high')",
+        "it is how some cards multiply float32 matrices: 'fp32', and DeviceContext(fp32='tf32')",
     ),
     **dict.fromkeys(
         ("64", "64-true", "fp64", "float64", "double", torch.float64),

@@ -13,7 +13,7 @@ import torch
 from torch import clear_autocast_cache  # by name: it is called in every step
 from torch.amp.grad_scaler import OptState
 
-from portable_amp.autocast import entered
+from portable_amp.autocast import NoAutocast, Region, entered
 from portable_amp.backends import backend_for, resolve_device
 from portable_amp.capabilities import Asleep, Capabilities, Support, look_up, look_up_awake
 from portable_amp.errors import (
@@ -109,6 +109,7 @@ class ScalerShim(torch.amp.GradScaler):
         device: device or device type; None: the best device of this machine.
         enabled: None: where `maybe_autocast` of the same device computes in fp16. Without a device
             that is up to the automatic plan, with one to torch's default dtype for it.
+        region: what the backward pass of `backward_step` is computed in.
 
     The other arguments are torch's.
 
@@ -128,7 +129,10 @@ class ScalerShim(torch.amp.GradScaler):
         backoff_factor: float = 0.5,
         growth_interval: int = 2000,
         enabled: bool | None = None,
+        *,
+        region: Region | None = None,
     ) -> None:
+        self._region = region or NoAutocast()
         self._asked = device, enabled
         decided = False
         try:
@@ -263,7 +267,8 @@ class ScalerShim(torch.amp.GradScaler):
             parameter.grad = None
         try:
             scaled: torch.Tensor = super().scale(loss)
-            scaled.backward()
+            with self._region:
+                scaled.backward()
         finally:
             for parameter, gradient in others:
                 parameter.grad = gradient

@@ -598,6 +598,73 @@ os.environ.get("HOME")
 settings["CUDA_VISIBLE_DEVICES"]
 print("CUDA_VISIBLE_DEVICES")
 """,
+    "names of float32's precision": """
+import torch
+import torch.backends.cudnn as cudnn
+from torch import set_float32_matmul_precision as precise
+from torch.backends import cuda, mkldnn
+mm = torch.backends.cuda.matmul
+torch.backends.fp32_precision = "ieee"
+torch.set_float32_matmul_precision("high")  # PAM701 warning
+precise("high")  # PAM701 warning
+cudnn.allow_tf32 = False  # PAM701 warning
+cuda.matmul.allow_tf32 = True  # PAM701 warning
+mm.allow_tf32 |= True  # PAM701 warning
+if torch.cuda.is_available():
+    if torch.backends.mkldnn.allow_tf32: pass  # PAM701 warning
+with cudnn.flags(enabled=False): pass  # PAM701 warning
+cudnn.benchmark = mkldnn.enabled
+def shadowed(torch): torch.set_float32_matmul_precision("high")
+""",
+    "new names of float32's precision, by an alias": """
+import torch
+from torch.backends import cudnn as dnn
+def one():
+    torch.backends.cuda.matmul.allow_tf32 = True  # PAM701
+def other():
+    if dnn.conv.fp32_precision == "tf32": pass
+""",
+    "old names of float32's precision alone": """
+import torch
+torch.set_float32_matmul_precision("high")
+torch.backends.cudnn.allow_tf32 = True
+model.fp32_precision = "ieee"
+hasattr(torch.backends, "fp32_precision")
+""",
+    "new names of float32's precision alone": """
+import torch
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+""",
+    "either names of float32's precision, in other branches of one choice": """
+import torch
+if hasattr(torch.backends, "fp32_precision"):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+else:
+    torch.backends.cuda.matmul.allow_tf32 = True
+""",
+    "either, in a try": """
+import torch
+try:
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+except AttributeError:
+    torch.backends.cudnn.allow_tf32 = True
+""",
+    "either, after one that leaves": """
+import torch
+def precise():
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "ieee"
+        return
+    torch.set_float32_matmul_precision("highest")
+""",
+    "both, in branches of two choices": """
+import torch
+if new:
+    torch.backends.fp32_precision = "ieee"
+if high:
+    torch.set_float32_matmul_precision("high")  # PAM701
+""",
     "apex": """
 import apex  # PAM105
 import apex.amp as fast  # PAM105

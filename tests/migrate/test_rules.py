@@ -44,6 +44,9 @@ LINES = {
     "PAM503": "DataLoader([x], pin_memory=True)",
     "PAM601": "assert torch.cuda.is_available()",
     "PAM602": "os.environ.get('CUDA_VISIBLE_DEVICES')",
+    "PAM701": "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+    "try: torch.get_float32_matmul_precision()\n"
+    "finally: torch.backends.cuda.matmul.fp32_precision = 'none'",
 }
 # What happens, as the rules say it -> what the line raises.
 CALM = (
@@ -55,6 +58,7 @@ EFFECTS: dict[str, tuple[type[Exception], ...]] = {
     **dict.fromkeys(CALM, ()),
     "crashes": (AssertionError, RuntimeError),
     "stops": (AssertionError,),
+    "can raise, from torch 2.9 on": (RuntimeError, AttributeError),  # before, of the new name
     "cannot be imported": (ImportError,),
 }
 NOT_RUN = {"PAM401", "PAM502"}  # which need other processes, and a file from CUDA
@@ -90,8 +94,9 @@ def test_there_happens_what_is_said(platform: str, machine: str) -> None:
 def test_every_platform_is_spoken_of(code: str) -> None:
     told = RULES[code].platforms
     assert tuple(told) == output.PLATFORMS
-    assert told["CUDA"] == "works"
-    assert (told["ROCm"] == "works") is ("apex" not in LINES[code])  # it answers to torch.cuda
+    assert (told["CUDA"] == "works") is (code < "PAM7")  # what is no matter of devices
+    alike = "apex" not in LINES[code]  # it answers to torch.cuda
+    assert (told["ROCm"] == told["CUDA"]) is alike
 
 
 @pytest.mark.parametrize("code", RULES)

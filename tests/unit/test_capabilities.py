@@ -238,6 +238,9 @@ FACTS: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
+TF32 = {"a100": True, "arc-a770": None, "gaudi2": None}  # the others have none
+
+
 @pytest.mark.parametrize("key", FACTS)
 def test_every_fact_of_a_machine(key: str) -> None:
     row = machine(key)
@@ -255,6 +258,7 @@ def test_every_fact_of_a_machine(key: str) -> None:
         autocast=autocast,  # type: ignore[arg-type]
         grad_scaler=scaler,  # type: ignore[arg-type]
         autocast_float32=fp32,  # type: ignore[arg-type]
+        tf32=TF32.get(key, False),
         mixed_precision_caveat=caveat,  # type: ignore[arg-type]
         evidence=evidence,  # type: ignore[arg-type]
         total_memory=gib * 2**30 if isinstance(gib, int) else None,
@@ -262,6 +266,13 @@ def test_every_fact_of_a_machine(key: str) -> None:
     without = derive(replace(row.hardware, autocast=False, total_memory=7, float64=None))
     assert (without.autocast, without.total_memory) == (False, 7)
     assert without.float64 is None
+
+
+@pytest.mark.parametrize(
+    ("arch", "tf32"), {"gfx90a": False, "gfx942": True, "gfx950": False}.items()
+)
+def test_tf32_of_amd(arch: str, tf32: bool) -> None:
+    assert derive(replace(machine("mi250").hardware, arch=arch)).tf32 is tf32
 
 
 @pytest.mark.parametrize("key", ["t4", "mi250", "arc-a770", "m2-macos14", "gaudi2"])

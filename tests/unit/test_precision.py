@@ -83,7 +83,7 @@ def test_spellings(value: object, expected: str) -> None:
 # What other libraries and YAML call something else, and what is said of it.
 OTHER_WORDS: dict[str, tuple[object, ...]] = {
     "casts the model itself": ("16-true", "bf16-true", "transformer-engine"),
-    "multiply float32 matrices: 'fp32', and torch.set_float32_matmul_precision": (
+    "multiply float32 matrices: 'fp32', and DeviceContext": (
         "tf32", "TF32", "tensorfloat32", "TensorFloat-32",
     ),
     "the model's own dtype": (

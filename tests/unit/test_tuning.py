@@ -1047,36 +1047,43 @@ SWITCHES: dict[str, Any] = {
     "is_deterministic_algorithms_warn_only_enabled": (
         lambda to: torch.use_deterministic_algorithms(to, warn_only=to), True),
     "is_anomaly_enabled": (torch.autograd.set_detect_anomaly, True),
-    "get_float32_matmul_precision": (torch.set_float32_matmul_precision, "high"),
     **{f"backends.cuda.{name}_sdp_enabled": (getattr(torch.backends.cuda, f"enable_{name}_sdp"),
                                              False)
        for name in ("flash", "mem_efficient", "math", "cudnn")
        if hasattr(torch.backends.cuda, f"enable_{name}_sdp")},
-    **{f"backends.{name}fp32_precision": (None, "ieee")
-       for name in ("", "cuda.matmul.", "cudnn.", "cudnn.conv.", "cudnn.rnn.", "mkldnn.",
-                    "mkldnn.matmul.", "mkldnn.conv.", "mkldnn.rnn.")},
     **{f"backends.{name}": (None, value)
        for name, value in (
            ("cuda.matmul.allow_fp16_reduced_precision_reduction", False),
            ("cuda.matmul.allow_bf16_reduced_precision_reduction", False),
            ("cuda.matmul.allow_fp16_accumulation", True), ("mkldnn.enabled", False),
            ("mkldnn.deterministic", True), ("cudnn.enabled", False), ("cudnn.benchmark", True),
-           ("cudnn.deterministic", True), ("cudnn.allow_tf32", False))},
+           ("cudnn.deterministic", True))},
+}  # fmt: skip
+
+
+# Of float32, which one reader tells: new and old names of the same.
+FLOAT32: dict[str, Any] = {
+    "get_float32_matmul_precision": (torch.set_float32_matmul_precision, "high"),
+    "backends.cudnn.allow_tf32": (None, False),
+    **{f"backends.{name}.fp32_precision": (None, "tf32")
+       for name in ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv",
+                    "mkldnn.rnn")},
 }  # fmt: skip
 
 
 def told_of(name: str) -> list[str]:
-    return [line for line in numeric_modes() if line.startswith(f"{name}=")]
+    start = "float32 of" if name in FLOAT32 else f"{name}="
+    return [line for line in numeric_modes() if line.startswith(start)]
 
 
-@pytest.mark.parametrize("name", [name for name in SWITCHES if hasattr(*at(name))])
+@pytest.mark.parametrize("name", [name for name in (*SWITCHES, *FLOAT32) if hasattr(*at(name))])
 def test_the_key_has_each_numeric_mode(name: str) -> None:
-    setter, value = SWITCHES[name]
+    setter, value = (SWITCHES | FLOAT32)[name]
     where, last = at(name)
     set_to, before = setter or partial(setattr, where, last), getattr(where, last)
     before = before() if callable(before) else before
     if value == before:  # other settings, once they are said, set it too
-        value = not before if isinstance(before, bool) else "tf32"
+        value = not before if isinstance(before, bool) else "ieee"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old names
         plain, all_plain = told_of(name), key()

@@ -1,4 +1,4 @@
-"""What there is in torch.cuda, and the rule that tells of each."""
+"""What there is in torch.cuda and beside it, and the rule that tells of each."""
 
 from __future__ import annotations
 
@@ -41,5 +41,11 @@ BY_NAME: dict[str, str] = {
     **_names("PAM402", "torch.nn", "DataParallel"),
     **_names("PAM402", "torch.cuda", "device_count"),
     **_names("PAM602", "torch.cuda", "OutOfMemoryError"),
+    **_names("PAM701", "torch", "set_float32_matmul_precision get_float32_matmul_precision"),
+    **_names(
+        "PAM701",
+        "torch.backends",
+        "cuda.matmul.allow_tf32 cudnn.allow_tf32 cudnn.flags mkldnn.allow_tf32 mkldnn.flags",
+    ),
 }
 """A name that torch documents -> the rule that tells of it, whatever its arguments."""

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from portable_amp.migrate.apis import BY_NAME
 from portable_amp.migrate.findings import Level
@@ -22,6 +23,8 @@ BRINGS_TORCH = re.compile(
 )
 DEFAULT = re.compile(r"(?i)(^|_)(dev|devices?|gpus?|accelerator)\d*(_|$)|device$")
 LEAVES = (ast.Return, ast.Continue, ast.Break)
+Path = tuple[tuple[int, int], ...]
+"""The branches around a place: of which choice, and which."""
 AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -69,6 +72,7 @@ def detect(text: str) -> Found:
     source = Source(text)
     walk = _Walk(source)
     walk.block(source.tree.body)
+    walk.drop_unmixed()
     walk.found.matches.sort(key=lambda match: source.span(match.node))
     return walk.found
 
@@ -90,6 +94,11 @@ class _Walk:
         self.quoted: ast.JoinedStr | None = None
         """The f-string around; up to Python 3.11 nothing in it has a place of its own."""
         self.done: set[int] = set()
+        self.path: Path = ()
+        self.old: list[tuple[Match, Path]] = []
+        """Where a program uses the old names of float32's precision."""
+        self.new: list[Path] = []
+        """The branches in which it uses the new ones."""
         self.saved: set[str] = set()
         """Names of what this function has saved to, and so reads on the machine it ran on."""
         imports = (n for n in ast.walk(source.tree) if isinstance(n, (ast.Import, ast.ImportFrom)))
@@ -107,7 +116,7 @@ class _Walk:
 
     def block(self, statements: Sequence[ast.stmt]) -> None:
         """Statements in order; one that leaves where there is no CUDA guards those after it."""
-        (knows, others), before = (self.knows, self.others), None
+        (knows, others, path), before = (self.knows, self.others, self.path), None
         for at, statement in enumerate(statements):
             self.statement, self.before, self.rest = statement, before, statements[at + 1 :]
             self.visit(statement)
@@ -120,7 +129,9 @@ class _Walk:
                 if held == "other" and (isinstance(last, LEAVES) or _skips(last)):
                     self.knows = failed or self.knows
                 self.others |= isinstance(last, LEAVES) and _thinks(statement.test)
-        self.knows, self.others = knows, others
+                if isinstance(last, LEAVES):
+                    self.path = (*self.path, (id(statement.test), 1))
+        self.knows, self.others, self.path = knows, others, path
 
     def visit(self, node: ast.AST) -> None:
         """Match a node, then what is in it."""
@@ -162,13 +173,15 @@ class _Walk:
         self, *ways: tuple[Sequence[ast.AST], Knows, Sequence[ast.AST]], test: ast.AST | None = None
     ) -> None:
         """Branches; what one of them does portably, the others do for other versions of torch."""
-        told, others = [], self.others
-        for nodes, knows, other in ways:
+        told, others, path = [], self.others, self.path
+        for at, (nodes, knows, other) in enumerate(ways):
+            self.path = (*path, (id(test or ways[0][0]), at))
             start = len(self.found.matches)
             self.others = others or (test is not None and _thinks(test))
             self.branch(nodes, knows, other)
             self.others = others
             told.append((nodes, self.found.matches[start:]))
+        self.path = path
         free = (node for nodes, matches in told if not matches for node in nodes)
         walked = (one for node in free for one in ast.walk(node))
         portable = {_leaf(one.func) for one in walked if isinstance(one, ast.Call)}
@@ -333,9 +346,11 @@ class _Walk:
         return True
 
     def on_attribute(self, node: ast.Attribute | ast.Name) -> bool:
-        if isinstance(getattr(node, "ctx", None), ast.Store):
-            return False
         name = self.scope.resolve(node) or ""
+        if name.startswith("torch.backends.") and name.endswith("fp32_precision"):
+            self.new.append(self.path)
+        if isinstance(getattr(node, "ctx", None), ast.Store) and BY_NAME.get(name) != "PAM701":
+            return False
         if self.decorator and name in ("torch.cuda.amp.autocast", "torch.amp.autocast"):
             self.found.places.append(Place(name, node, self.scope))
             self.match("PAM101" if "cuda" in name else "PAM102", node, name)
@@ -520,7 +535,7 @@ class _Walk:
         self.done.add(id(node))
         if self.silent:
             return
-        guarded = self.knows == "cuda"
+        guarded = self.knows == "cuda" and RULES[code].cuda == "works"
         told: Level = "info" if guarded else level or RULES[code].level
         self.found.matches.append(
             Match(
@@ -528,6 +543,15 @@ class _Walk:
                 guarded, self.decorator, self.parameter, bool(self.quoted), call,
             )
         )  # fmt: skip
+        if code == "PAM701":
+            self.old.append((self.found.matches[-1], self.path))
+
+    def drop_unmixed(self) -> None:
+        """Old names are told where new ones may be used in the same run."""
+        alone = [
+            id(match) for match, path in self.old if not any(map(partial(_meet, path), self.new))
+        ]
+        self.found.matches = [one for one in self.found.matches if id(one) not in alone]
 
     def _device(self, node: ast.expr) -> bool:
         return is_device(text_of(node, self.scope))
@@ -574,6 +598,12 @@ class _Walk:
         return bool(
             re.search(r"(?i)skip|requires?_|only", text) and re.search(r"(?i)cuda|gpu", text)
         )
+
+
+def _meet(path: Path, other: Path) -> bool:
+    """Whether both run, of two places: they are in no two branches of one choice."""
+    arms = dict(other)
+    return all(arms.get(choice, arm) == arm for choice, arm in path)
 
 
 def _is(node: ast.AST | None, value: object) -> bool:

@@ -25,12 +25,13 @@ class Rule:
     elsewhere: tuple[str, str, str]
     """What happens on MPS, XPU and CPU."""
     rocm: str = "works"
+    cuda: str = "works"
 
     @property
     def platforms(self) -> dict[str, str]:
         """Platform -> what happens there, in a few words."""
         mps, xpu, cpu = self.elsewhere
-        return {"CUDA": "works", "ROCm": self.rocm, "MPS": mps, "XPU": xpu, "CPU": cpu}
+        return {"CUDA": self.cuda, "ROCm": self.rocm, "MPS": mps, "XPU": xpu, "CPU": cpu}
 
 
 def _all(effect: str) -> tuple[str, str, str]:
@@ -38,6 +39,7 @@ def _all(effect: str) -> tuple[str, str, str]:
 
 
 _CRASH = _all("crashes")
+_MIXED = "can raise, from torch 2.9 on"
 _SILENT_FP32 = _all("silently fp32")
 
 _TABLE = (
@@ -253,6 +255,18 @@ _TABLE = (
         "choose with $PORTABLE_AMP_DEVICE, catch with portable_amp.is_oom_error.",
         "advice",
         _all("ignored, or not caught"),
+    ),
+    Rule(
+        "PAM701",
+        "old and new names of how float32 is computed",
+        "warning",
+        "From torch 2.9 on a program that has set fp32_precision can raise where it reads "
+        "allow_tf32 or float32_matmul_precision: keep to one of the two, or give "
+        "portable_amp.DeviceContext its fp32=.",
+        "advice",
+        _all(_MIXED),
+        rocm=_MIXED,
+        cuda=_MIXED,
     ),
 )
 

@@ -11,6 +11,7 @@ from portable_amp.migrate.rules import RULES
 
 RELEVANT = re.compile(
     r"cuda|CUDA|nccl|apex|autocast|GradScaler|pin_memory|torch\.load|DataParallel|\bload\("
+    r"|fp32_precision"
 )
 
 

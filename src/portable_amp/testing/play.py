@@ -277,7 +277,10 @@ def play(
             stack.enter_context(replaced(composites(played)))
             stack.enter_context(_modules_swap())
             # cuDNN's kernels would be chosen by the device's name, and there is no device.
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            # Not by its `flags`: those read the old name of TF32, which may raise (pytorch#189955).
+            cudnn = torch.backends.cudnn
+            stack.callback(setattr, cudnn, "enabled", cudnn.enabled)
+            cudnn.enabled = False
         stack.enter_context(_modes(played))
         stack.callback(setattr, played, "active", False)
         _playing.append((threading.get_ident(), played))
