@@ -333,7 +333,7 @@ def test_what_it_says() -> None:
     said = str(FP32.find_nonfinite(images(), torch.randn(2, 3, 8, 8), scale=8.0, passes=2))
     assert said == "Finite in 2 passes in fp32, at loss scale 8."
     said = str(FP32.find_nonfinite(CAUSES["a mask in the loss"][0](), X))
-    assert "masked_fill puts -inf there, as a mask does, which becomes nan by addmm in 2." in said
+    assert "masked_fill puts -inf there, which becomes nan by addmm in 2." in said
     said = str(FP32.find_nonfinite(Attends("all"), SERIES))
     assert "_softmax makes nan of a row that -inf masks throughout, in float32." in said
     said = str(FP32.find_nonfinite(CAUSES["sqrt"][0](), X))

@@ -69,7 +69,7 @@ class NonfiniteReport:
             if one.node:
                 text = f"in the backward pass, {one.operation} of {one.node}"
             if one.kind == "constant":
-                text += f" puts {one.value} there, as a mask does"
+                text += f" puts {one.value} there"
             else:
                 text += f" makes {one.value} of {one.of}, in {str(one.dtype)[6:]}"
         text += f", which becomes nan by {one.becomes}" if one.becomes else ""
