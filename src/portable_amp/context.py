@@ -281,6 +281,7 @@ class DeviceContext:
         Raises:
             RuntimeError: the model fails on this batch.
             TypeError: the loss is no tensor.
+            ValueError: there are no passes, or the scale is not above 0.
 
         >>> ctx = DeviceContext("cpu", precision="fp32")
         >>> print(ctx.find_nonfinite(torch.nn.Identity(), torch.ones(2) / 0))

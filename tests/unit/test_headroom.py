@@ -237,7 +237,7 @@ def test_what_it_says() -> None:
     assert "which overflows" in bad
     steep = str(CPU.headroom(layers(1, 9), X, loss=summed, scale=2.0**15))
     assert "which overflow" in steep
-    assert "overflow. Best are " in steep
+    assert "overflow. Best: " in steep
     assert "What autocast computes in fp32 goes up to" in str(
         CPU.headroom(MODELS["inside, in fp32"][0](), X, loss=summed)
     )
@@ -250,7 +250,7 @@ def test_faint_gradients_are_no_success() -> None:
         return (made * torch.tensor([1e14, 1, 1, 1, 1, 1, 1, 1]) * 1e-6).sum()
 
     report = CPU.headroom(layers(1.0), X, loss=loss)
-    assert report.lost > 0.05
+    assert report.lost > 0.5
     assert not report.ok
     assert str(report).startswith("In fp16 ")
 

@@ -322,6 +322,25 @@ def test_an_overflow_beside_a_mask_is_found() -> None:
     assert (report.module, report.operation) == ("1", "mul")
 
 
+def test_memory_that_is_used_again_keeps_no_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    places: dict[int, int] = {}
+
+    def one_place_each(one: torch.Tensor) -> int:
+        """The second and later results of 65 numbers share a place."""
+        at = one.untyped_storage().data_ptr()
+        return places.setdefault(at, min(len(places), 1)) if one.numel() == 65 else at
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        first = x.detach().new_zeros(65)
+        lost = first.log()  # at a place of its own
+        again = first + 1  # where that was
+        return x + again.div_(0).sum() + lost.numel()
+
+    monkeypatch.setattr("portable_amp.numerics.watch.memory_of", one_place_each)
+    report = FP32.find_nonfinite(model(compute), X)
+    assert (report.module, report.operation) == ("1", "div_")
+
+
 def test_what_it_says() -> None:
     said = str(FP32.find_nonfinite(model(torch.log), X))
     assert said.startswith("1 (Does): in the forward pass, log makes nan of finite values up to ")
@@ -396,6 +415,12 @@ def test_a_model_that_fails_is_left_as_it_was() -> None:
     assert made.count == 0
     with pytest.raises(TypeError, match="loss= returned a NoneType: a scalar tensor works here"):
         FP32.find_nonfinite(nn.Linear(8, 8), X, loss=lambda *_: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"passes": 0}, {"scale": 0.0}, {"scale": INF}])
+def test_what_cannot_be_looked_at(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="1 pass or more, a scale above 0"):
+        FP32.find_nonfinite(nn.Linear(8, 8), X, **wrong)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

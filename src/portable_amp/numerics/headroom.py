@@ -87,8 +87,8 @@ class HeadroomReport:
 
     @property
     def ok(self) -> bool:
-        """Nothing in the forward pass overflows, and some scale keeps 95 % of the gradients."""
-        return all(one.headroom >= 1 for one in self.rows) and self.lost < 0.05
+        """Nothing in the forward pass overflows, and some scale keeps half of the gradients."""
+        return all(one.headroom >= 1 for one in self.rows) and self.lost < 0.5
 
     def __str__(self) -> str:
         over = [one for one in self.rows if one.headroom < 1]
@@ -110,7 +110,8 @@ class HeadroomReport:
             low, high = (f"2^{math.log2(one):.0f}" for one in self.scales)
             now = f"{self.underflow:.1%} of the gradients vanish, {self.lossy:.1%} lose bits"
             now += f", and those of {_modules(len(steep))} overflow" if steep else ""
-            lines.append(f"At loss scale {self.scale:g} {now}. Best are {low} to {high}.")
+            best = low if low == high else f"{low} to {high}"
+            lines.append(f"At loss scale {self.scale:g} {now}. Best: {best}.")
         wide = max(self.rows, key=lambda one: one.in_fp32, default=None)
         if wide and wide.in_fp32 > LARGEST:
             name = wide.module or "the model itself"

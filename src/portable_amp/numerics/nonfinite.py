@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -32,7 +33,7 @@ class NonfiniteReport:
     type: str
     """The module's class; "" where no module made it."""
     reaches: str
-    """"the loss" or "a gradient"."""
+    """"the loss", "a gradient" or ""."""
     passes: int
     """Forward and backward passes that were looked at."""
     plan: str
@@ -99,6 +100,8 @@ def find_nonfinite(
     plan: str,
 ) -> NonfiniteReport:
     """Look at passes with the random state as it is, then others, while they draw at random."""
+    if passes < 1 or not 0 < scale < math.inf:
+        raise ValueError(f"passes={passes}, scale={scale}: 1 pass or more, a scale above 0")
 
     def run(tracer: Tracer) -> tuple[Origin | None, str]:
         if _stays(model, device):
@@ -184,12 +187,13 @@ def _backward(
     found = tracer.of(total)
     wanted = [one for one in model.parameters() if one.requires_grad]
     if found or not wanted or not total.requires_grad:
-        return found, LOSS
+        return found, LOSS if found else ""
     factor = torch.full((), scale, device=total.device)
     with tracer.watch.watching():
         made = gradients(total * factor, wanted, allow_unused=True)
     origins = [*filter(None, map(tracer.of, made))]
-    return min(origins, key=lambda one: one.rank, default=None), "a gradient"
+    first = min(origins, key=lambda one: one.rank, default=None)
+    return first, "a gradient" if first else ""
 
 
 def _accumulated(total: torch.Tensor, wanted: list[torch.Tensor], **_: Any) -> Any:

@@ -50,7 +50,6 @@ class Origin:
 # the row is.
 _SOFTMAX = ("softmax", "logsumexp", "attention")
 _SIXTEEN = (torch.float16, torch.bfloat16)
-_OVERWRITE = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 
 
 @dataclass
@@ -111,7 +110,7 @@ class Tracer:
         for part in given:
             memory = watch.memory_of(part)
             if memory == written:  # it is what it was no more
-                if name not in _OVERWRITE and memory in self.origins:
+                if memory in self.origins:
                     sources.append(self.origins[memory])
             elif was := nonfinite(part):
                 constant = replace(new, kind="constant", value=was)
