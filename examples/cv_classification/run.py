@@ -29,6 +29,7 @@ from portable_amp import (
     CheckpointError,
     DeviceContext,
     ScalerShim,
+    is_oom_error,
     ranks,
     rng_state,
     save_checkpoint,
@@ -105,6 +106,27 @@ class Run:
         )  # before the backward pass, which nobody has to wait for then
         self.scaler.scale(loss * (weight / len(images) / self.group)).backward()
         return seen
+
+    def lost_in(self, batch: tuple[torch.Tensor, torch.Tensor]) -> str:
+        """Which module makes the loss, or a gradient, of this batch infinite or NaN, in words.
+
+        "" where that cannot be told: the model is in shards, or the batch only fits in parts.
+        """
+
+        def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            total, _ = self.criterion.sums(model(batch[0]), batch[1])
+            return total / len(batch[0]) / self.group
+
+        if self.config.train.sharded:
+            return ""
+        try:
+            scale = self.scaler.get_scale()
+            found = self.ctx.find_nonfinite(self.model, batch, loss=loss, scale=scale)
+            return f"{str(found).removesuffix('.')}; "
+        except RuntimeError as error:
+            if is_oom_error(error):
+                return ""
+            raise
 
     def save(self, name: str = "last.pt", *, best: bool = False) -> None:
         """Write a checkpoint; every process must call it, and the first one writes.

@@ -197,7 +197,7 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
         # Class weights are shared by all images of the step, whichever part each came in.
         loss, mass = torch.stack([seen() for seen in losses]).sum(0).tolist()
         loss, mass, asked = parallel.total(loss, mass, float(stop), device=ctx.device)
-        if take_step(run, loss / mass, names, world * len(names) / mass):
+        if take_step(run, loss / mass, names, batch, world * len(names) / mass):
             progress.updates += 1
             run.schedule.step(progress.updates)
             if run.ema:
@@ -209,10 +209,17 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
             interruptions.release(signal.SIGTERM)
 
 
-def take_step(run: Run, loss: float, names: list[int], factor: float) -> bool:
+def take_step(
+    run: Run,
+    loss: float,
+    names: list[int],
+    batch: tuple[torch.Tensor, torch.Tensor],
+    factor: float,
+) -> bool:
     """One optimizer step, if the loss is finite, and the scaler finds the gradients so.
 
-    `factor` makes of the gradients of a plain mean those of the weighted one.
+    `batch` is the last one that the loss is of. `factor` makes of the gradients of a plain mean
+    those of the weighted one.
 
     Raises:
         InputError: it was not finite too many times in a row.
@@ -230,7 +237,7 @@ def take_step(run: Run, loss: float, names: list[int], factor: float) -> bool:
         if progress.lost >= settings.give_up_after:
             raise InputError(
                 f"train.lr={settings.lr}: the loss was not finite {progress.lost} times in a row, "
-                f"and the last good checkpoint is kept; {ADVICE}"
+                f"and the last good checkpoint is kept; {run.lost_in(batch)}{ADVICE}"
             )
         if not scaler.is_enabled():  # an enabled one finds it by itself, and lowers the scale
             run.optimizer.zero_grad()

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -28,7 +29,10 @@ from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionEr
 from portable_amp.fp32 import explained, obstacle, parse_fp32, region_of
 from portable_amp.memory import clear_cache, memory_stats
 from portable_amp.notices import tell_once
+from portable_amp.numerics import nonfinite
+from portable_amp.numerics.headroom import HeadroomReport, headroom
 from portable_amp.numerics.islands import islands, keep_in_fp32
+from portable_amp.numerics.nonfinite import NonfiniteReport
 from portable_amp.numerics.replay import Place
 from portable_amp.numerics.report import Report
 from portable_amp.numerics.verify import verify
@@ -314,6 +318,85 @@ class DeviceContext:
 
         plan = common_to_ranks(of_rank_0(found), self.capabilities)
         return _restore(self.device, self.capabilities, plan, self.unsupported, self.fp32)
+
+    def find_nonfinite(
+        self,
+        model: torch.nn.Module,
+        batch: Any,
+        *,
+        loss: Loss = mean_square,
+        scale: float = 1.0,
+        passes: int = 3,
+    ) -> NonfiniteReport:
+        """Which module makes the first infinity or NaN that reaches the loss or a gradient.
+
+        For after a loss that is NaN, or a step that was skipped. It is the operation that makes it
+        of finite values, not those that pass it on; what vanishes again, such as a mask of -inf in
+        a softmax, is not accused. Model, gradients, buffers and random states stay as they are. The
+        model is not copied, unless it is elsewhere, or has to be to stay as it is.
+
+        Args:
+            model: on the device, in the mode it is in, with its weights as they are.
+            batch: as the loop has it.
+            loss: called with the model and the batch, returns a scalar tensor. By default the mean
+                square of what the model makes of the batch, or of its first part.
+            scale: what the loss is multiplied by, such as `scaler.last_step.scale`.
+            passes: so many at most where the model draws at random, such as with dropout: the first
+                with the random state as it is.
+
+        Returns:
+            `ok`, `module` and `operation`; printed, it is a sentence.
+
+        Raises:
+            RuntimeError: the model fails on this batch.
+            TypeError: the loss is no tensor.
+            ValueError: there are no passes, or the scale is not above 0.
+
+        >>> ctx = DeviceContext("cpu", precision="fp32")
+        >>> print(ctx.find_nonfinite(torch.nn.Identity(), torch.ones(2) / 0))
+        the batch: tensor 0 holds inf before the pass. It reaches the loss.
+        """
+        return nonfinite.find_nonfinite(
+            _unwrapped(model), batch, self.device, partial(self.autocast, cache_enabled=False),
+            loss=loss, scale=scale, passes=passes, move=self._moved, plan=self.plan.name,
+        )  # fmt: skip
+
+    def headroom(
+        self,
+        model: torch.nn.Module,
+        batch: Any,
+        *,
+        loss: Loss = mean_square,
+        scale: float = 2.0**16,
+    ) -> HeadroomReport:
+        """How far a model is from what fp16 holds, module by module, wherever it runs now.
+
+        One pass in fp32, forward and backward, on copies, tells what a GPU would do under fp16
+        autocast: which values are beyond 65,504, and which gradients vanish at a loss scale. Which
+        operations compute in fp16 follows torch's rules for CUDA; in doubt, they do. Where the
+        model casts itself, such as by `x.float()`, is not seen.
+
+        Args:
+            model: in the mode it is in.
+            batch: as the loop has it.
+            loss: called with the model and the batch, returns a scalar tensor. By default the mean
+                square of what the model makes of the batch, or of its first part.
+            scale: a loss scale, above 0.
+
+        Returns:
+            `ok`, `scales` that fit, and `rows`, one for each module; printed, it is a verdict.
+
+        Raises:
+            RuntimeError: the model fails on this batch, or cannot be copied.
+            ValueError: the scale is not above 0.
+
+        >>> ctx = DeviceContext("cpu")
+        >>> ctx.headroom(torch.nn.Linear(8, 3), torch.full((4, 8), 1e5)).ok
+        False
+        """
+        return headroom(
+            _unwrapped(model), batch, self.device.type, loss=loss, scale=scale, move=self._moved
+        )
 
     def scaler(
         self,

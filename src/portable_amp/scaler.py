@@ -404,7 +404,7 @@ class ScalerShim(torch.amp.GradScaler):
         returned = optimizer.step(*args, **kwargs) if self._stepped else None
         if self._stepped and len(self._per_optimizer_states) == 1:
             self._may_fall = False
-        self._note(self._stepped)
+        self._note(self._stepped, optimizer)
         return returned
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -535,7 +535,7 @@ class ScalerShim(torch.amp.GradScaler):
     def _on_device(self) -> torch.Tensor:
         return self._check_scale_growth_tracker("step")[0]
 
-    def _note(self, stepped: bool) -> None:
+    def _note(self, stepped: bool, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Count steps skipped on end, as the host learns of them; look at the scale at times."""
         self._skipped_on_end = 0 if stepped else self._skipped_on_end + 1
         if stepped:
@@ -547,8 +547,10 @@ class ScalerShim(torch.amp.GradScaler):
             self._told_collapse = True
             tell(
                 f"the loss scale has fallen to {scale:g} after {self._skipped_on_end} skipped "
-                "steps on end: every gradient is infinite or NaN, and no scale will help. Look at "
-                "the loss and the learning rate, or train with precision='bf16' or 'fp32'.",
+                f"steps on end: gradients are infinite or NaN{_which(optimizer)}, and no scale "
+                "will help. ctx.find_nonfinite(model, batch, loss=...) names the module that makes "
+                "the first of them. Look there and at the learning rate, or train with "
+                "precision='bf16' or 'fp32'.",
                 ScaleCollapseWarning,
             )
 
@@ -573,6 +575,24 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def _have_gradients(parameters: list[torch.Tensor]) -> bool:
     return any(parameter.grad is not None for parameter in parameters)
+
+
+def _which(optimizer: torch.optim.Optimizer | None) -> str:
+    """The first parameter whose gradient is not finite, and how many there are, in words.
+
+    "" where a step has cleared the gradients since. It waits for the device.
+    """
+    named = []
+    for number, group in enumerate(optimizer.param_groups if optimizer else []):
+        names = group.get("param_names")  # since torch 2.6, if it was given them
+        for at, one in enumerate(group["params"]):
+            named.append((repr(names[at]) if names else f"number {at} of group {number}", one))
+    bad = [
+        f"{name} of shape {tuple(one.shape)}"
+        for name, one in named
+        if one.grad is not None and bool((one.grad.detach() * 0).sum() != 0)  # sparse ones, too
+    ]
+    return f" in {len(bad)} of {len(named)} parameters, first in {bad[0]}" if bad else ""
 
 
 class _Real:

@@ -312,6 +312,10 @@ def test_a_loss_that_stays_lost_ends_the_run(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "the loss was not finite 3 times in a row, and the last good checkpoint is kept" in said
+    assert (
+        "; the loss: in the forward pass, mul puts nan there. It reaches the loss; a smaller"
+        in said
+    )
     state = load_checkpoint(tmp_path / "run/last.pt")
     assert state["progress"]["epoch"] == 1
     assert all(bool(value.isfinite().all()) for value in state["model"].values())

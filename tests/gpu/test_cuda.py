@@ -93,3 +93,18 @@ def test_scaler_state_goes_over_the_cpu_and_back(tmp_path: Path) -> None:
     back = ScalerShim("cuda", enabled=True)
     back.load_state_dict(load_checkpoint(tmp_path / "c.pt")["scaler"])
     assert back.get_scale() == 32768.0
+
+
+def test_a_module_that_overflows_is_named_forward_and_backward() -> None:
+    ctx = DeviceContext(precision="fp16")
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(3)))
+    for layer in model.children():
+        torch.nn.init.constant_(layer.weight, 10.0)
+    model, batch = ctx.to(model), ctx.to(torch.ones(4, 8))
+    report = ctx.find_nonfinite(model, batch, loss=lambda model, x: model(x).float().mean())
+    assert (report.module, report.reaches) == ("2", "the loss")
+    report = ctx.find_nonfinite(
+        model, 1e-3 * batch, loss=lambda model, x: model(x).float().mean(), scale=2.0**16
+    )
+    assert (report.module, report.reaches) == ("2", "a gradient")
+    assert not ctx.headroom(model, batch).ok

@@ -21,7 +21,7 @@ from portable_amp import (
     StateWarning,
     maybe_autocast,
 )
-from portable_amp.backends import backend_for
+from portable_amp.backends import backend_for, torch_version
 from portable_amp.testing import machine, play
 from support import asleep, playing, without_mps
 
@@ -353,6 +353,26 @@ def test_a_collapsing_scale_is_reported_once() -> None:
         ((at, text),) = told(50)
         assert at == 16
         assert "after 16 skipped" in text
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_collapse_names_parameters_and_who_finds_the_module(named: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Embedding(5, 3, sparse=True))
+    parameters: Any = [one for _, one in model.named_parameters()]
+    if named and torch_version() >= (2, 6):
+        parameters = model.named_parameters()
+    optimizer, scaler = torch.optim.SGD(parameters, lr=0.1), enabled(init_scale=1.0)
+    with pytest.warns(ScaleCollapseWarning) as caught:
+        for _ in range(32):
+            made = model[0](torch.ones(1, 2)).sum() + (model[1](torch.tensor([1])) * INF).sum()
+            scaler.scale(made).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    (text,) = [str(one.message) for one in caught]
+    which = "'1.weight'" if named and torch_version() >= (2, 6) else "number 2 of group 0"
+    assert f"infinite or NaN in 1 of 3 parameters, first in {which} of shape (5, 3), and" in text
+    assert "ctx.find_nonfinite(model, batch, loss=...) names the module" in text
 
 
 def test_a_collapse_under_a_fused_optimizer_is_reported_when_results_are_read() -> None:

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from portable_amp.numerics import watch
 from portable_amp.testing.shadow import Shadow, bare, on_raw, one_device, shadows_in
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def _gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: A
 def composites(played: Played) -> list[tuple[Any, str, Any]]:
     """Functions that choose a kernel by the device's name, or keep autograd state of their own."""
     function = torch.autograd.Function
+    memory_of = watch.memory_of
     real_backward, real_apply = torch.autograd.backward, vars(function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -180,6 +182,7 @@ def composites(played: Played) -> list[tuple[Any, str, Any]]:
         ),
         (function, "apply", classmethod(apply)),
         (torch.autograd, "backward", backward),
+        (watch, "memory_of", lambda one: memory_of(bare(one))),
     ]
 
 
