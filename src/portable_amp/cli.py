@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -31,15 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="what this machine has, what precision='auto' does on it, and a real training step",
         description="Exit code 0: a training step ran on each device found; 1: on some it failed.",
     )
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    _add_doctor(doctor)
     # They parse and never import torch, or what they read.
     from portable_amp.migrate import commands as migrate
 
     migrate.add_arguments(commands)
     options = parser.parse_args(arguments)
+    if options.command == "doctor" and not options.thorough:
+        for name in ("markdown", "device", "seconds", "only", "seed", "in_process"):
+            if getattr(options, name) not in (None, False):
+                doctor.error(f"--{name.replace('_', '-')} is about --thorough")
     try:
-        code = _doctor(as_json=options.json) if options.command == "doctor" else _migrate(options)
-        sys.stdout.flush()  # else a reader that left would show when Python ends
+        code = _doctor(options) if options.command == "doctor" else _migrate(options)
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()  # else a reader that left would show when Python ends
     except PortableAmpError as error:
         print(f"portable-amp: {error}", file=sys.stderr)
         return 2
@@ -64,9 +70,48 @@ def _migrate(options: argparse.Namespace) -> int:
     return 2
 
 
-def _doctor(*, as_json: bool) -> int:
-    from portable_amp.doctor import diagnose, report
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    output = doctor.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add = doctor.add_argument_group(
+        "--thorough",
+        "about 100 operations against float64 on the CPU; exit code 0: no fault, 1: a fault",
+    ).add_argument
+    add("--thorough", action="store_true", help="try them, each device in turn")
+    output.add_argument("--markdown", action="store_true", help="a block to paste into a report")
+    add("--device", help="the one to try, such as cuda:1; by default all that are here")
+    add("--seconds", type=_seconds, help="in all (default: 120)")
+    add("--only", metavar="OPERATION", help="the one to try, such as 'conv2d 3x3'")
+    add("--seed", type=int, help="of weights and inputs (default: 0)")
+    add(
+        "--in-process",
+        action="store_true",
+        help="no process of their own, for a debugger: a crash ends all",
+    )
 
-    found = diagnose()
-    print(json.dumps(found, indent=2) if as_json else report(found))
+
+def _seconds(text: str) -> float:
+    try:
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 works here")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from portable_amp import doctor
+
+    if options.thorough:
+        given = {
+            name: getattr(options, name)
+            for name in ("device", "seconds", "only", "seed")
+            if getattr(options, name) is not None
+        }
+        found = doctor.certificate(in_process=options.in_process, **given)
+        told = doctor.certified(found, as_markdown=options.markdown)
+    else:
+        found = doctor.diagnose()
+        told = doctor.report(found)
+    print(json.dumps(found, indent=2) if options.json else told)
     return 0 if found["ok"] else 1

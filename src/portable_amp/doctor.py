@@ -1,7 +1,11 @@
-"""What `portable-amp doctor` finds out: each device, what it can do, and one real training step."""
+"""What `portable-amp doctor` finds out: each device, what it can do, and one real training step.
+
+And, where it is asked to be thorough, whether they compute right.
+"""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import platform
 import shutil
@@ -12,8 +16,11 @@ import torch
 
 from portable_amp.backends import present, resolve_device
 from portable_amp.context import DeviceContext
-from portable_amp.errors import DeviceError
+from portable_amp.errors import DeviceError, PortableAmpError, shown
 from portable_amp.notices import logger
+from portable_amp.numerics import certificate as numbers
+from portable_amp.numerics.cases import BY_NAME
+from portable_amp.numerics.children import here, in_children
 from portable_amp.precision import choose
 from portable_amp.traps import traps_for
 
@@ -23,7 +30,7 @@ _ATTEMPTS = 24
 
 def diagnose() -> dict[str, Any]:
     """Everything the doctor tells, as plain data: what `portable-amp doctor --json` prints."""
-    names = [f"{row.device_type}:{index}" for row in present() for index in range(row.count())]
+    names = _names()
     notes = _build_notes()
     try:
         chosen = str(resolve_device())
@@ -46,6 +53,45 @@ def diagnose() -> dict[str, Any]:
         "devices": devices,
         "ok": all(device["step"]["ok"] for device in devices),
     }
+
+
+def _names() -> list[str]:
+    return [f"{row.device_type}:{index}" for row in present() for index in range(row.count())]
+
+
+def certificate(
+    *,
+    device: str | None = None,
+    seconds: float = 120.0,
+    only: str | None = None,
+    seed: int = 0,
+    in_process: bool = False,
+) -> dict[str, Any]:
+    """Whether each device computes right: what `portable-amp doctor --thorough --json` prints.
+
+    Args:
+        device: the one to try; None: all that are here.
+        seconds: in all, an equal share for each device.
+        only: the name of the one operation to try; None: all.
+        seed: of weights and inputs.
+        in_process: a process of their own is what keeps a crash of one from ending all.
+
+    Raises:
+        DeviceError: there is no such device here.
+        PortableAmpError: there is no such operation.
+    """
+    if only is not None and only not in BY_NAME:
+        near = difflib.get_close_matches(only, BY_NAME)
+        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(BY_NAME)}"
+        raise PortableAmpError(f"there is no operation {shown(only)}; {hint}")
+    devices = [resolve_device(one) for one in ([device] if device else _names())]
+    run = here if in_process else in_children
+    return numbers.certify(devices, seconds=seconds, only=only, seed=seed, run=run)
+
+
+def certified(found: dict[str, Any], *, as_markdown: bool = False) -> str:
+    """The findings of `certificate` for a person to read, or to paste into a report."""
+    return numbers.markdown(found) if as_markdown else numbers.text(found)
 
 
 def examine(device: str) -> dict[str, Any]:

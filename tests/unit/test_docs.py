@@ -222,7 +222,7 @@ def exit_code(line: str) -> int | None:
 
 
 def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_doctor", lambda **options: 0)
+    monkeypatch.setattr(cli, "_doctor", lambda options: 0)
     monkeypatch.setattr(cli, "_migrate", lambda options: 0)
     told = [block for path in PAGES for block in blocks(path.read_text("utf-8"))]
     console = "".join(block.text for block in told if block.language == "console")
