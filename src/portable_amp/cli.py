@@ -1,4 +1,4 @@
-"""The command line: portable-amp doctor | check | fix."""
+"""The command line: portable-amp doctor | check | fix | trace."""
 
 from __future__ import annotations
 
@@ -34,11 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     # They parse and never import torch, or what they read.
     from portable_amp.migrate import commands as migrate
+    from portable_amp.numerics import program
 
     migrate.add_arguments(commands)
+    program.add_arguments(commands)
     options = parser.parse_args(arguments)
     try:
-        code = _doctor(as_json=options.json) if options.command == "doctor" else _migrate(options)
+        if options.command == "doctor":
+            code = _doctor(as_json=options.json)
+        else:
+            code = program.run(options) if options.command == "trace" else _migrate(options)
         sys.stdout.flush()  # else a reader that left would show when Python ends
     except PortableAmpError as error:
         print(f"portable-amp: {error}", file=sys.stderr)
