@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from portable_amp import TraceError, cli
 from portable_amp.numerics import tracefile
 from portable_amp.numerics.compare import compare
-from portable_amp.numerics.tracefile import Call, Stats, Step, Writer, pack, read, unpack
 from portable_amp.numerics.difference import distance
+from portable_amp.numerics.tracefile import Call, Stats, Step, Writer, pack, read, unpack
 
 NUMBER = st.floats(width=32)
 ROW = st.builds(Stats, NUMBER, NUMBER, NUMBER, NUMBER, st.tuples(*[NUMBER] * 4))

@@ -13,9 +13,9 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from portable_amp.numerics.difference import Row, Verdict, distance
 from portable_amp.numerics.match import Cause, Match, cause_of_parameter, causes_backward
 from portable_amp.numerics.tracefile import Stats, Trace
-from portable_amp.numerics.difference import Row, Verdict, distance
 
 GROWTH = 5
 """How many times as far apart as all values before it a value may be."""
