@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import shutil
 import subprocess
 import sys
 import weakref
@@ -320,6 +321,9 @@ def test_wrappers_copies_and_graphs(tmp_path: Path) -> None:
         loop(twin, 1)  # not what is traced
         loop(model, 1)
     assert len(tracefile.read(tmp_path / "t").steps) == 1
+    with CPU.trace(model, tmp_path / "t"):
+        loop(torch.compile(model, backend="eager"), 2)
+    assert [call.name for call in tracefile.read(tmp_path / "t").steps[1].calls] == [""]
     gone = weakref.ref(model := Net())
     with CPU.trace(model, tmp_path / "t") as trace:
         loop(model, 1)
@@ -375,6 +379,18 @@ def test_a_full_disk_ends_the_trace_alone(tmp_path: Path, monkeypatch: pytest.Mo
     read = tracefile.read(left)
     assert len(read.steps) == 1
     assert "cut off after step 1" in read.notes[0]
+
+
+def test_a_folder_that_is_gone_ends_the_trace_alone(tmp_path: Path) -> None:
+    model, folder = Net(), tmp_path / "folder"
+    folder.mkdir()
+    with (
+        pytest.warns(PortableAmpWarning, match="the training goes on"),
+        CPU.trace(model, folder / "t"),
+    ):
+        loop(model, 1)
+        shutil.rmtree(folder)
+    assert torch.nn.Module.__call__.__name__ == "_wrapped_call_impl"
 
 
 def test_a_file_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:

@@ -233,6 +233,15 @@ def test_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_a_name_is_told_in_one_line(tmp_path: Path) -> None:
+    broken = a_step(1, "a\nb", values=[("float32", [4, 8], row()), ("float32", [4, 2], row(2))])
+    found = verdict(tmp_path, [a_step(1, "a\nb")], [broken])
+    assert str(found).splitlines() == [
+        r"step 1: the output of 'a\nb' (Linear) is off, and what went in agrees",
+        r"- step 1, 'a\nb': output: 5.0e-01 apart, allowed are 1.5e-04",
+    ]
+
+
 def test_distances() -> None:
     assert distance(row(), row()) == 0
     assert distance(row(0), row(0)) == 0

@@ -13,8 +13,8 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from portable_amp.numerics.difference import Row, Verdict, distance
-from portable_amp.numerics.match import Cause, Match, cause_of_parameter, causes_backward
+from portable_amp.numerics.difference import Row, Verdict, distance, shown_name
+from portable_amp.numerics.match import Cause, Match
 from portable_amp.numerics.tracefile import Stats, Trace
 
 GROWTH = 5
@@ -43,8 +43,7 @@ def compare(a: Trace, b: Trace) -> Verdict:
     """The first module and step that differ, in the order of execution."""
     judge = _Judge(a, b)
     verdict = judge.verdict
-    for note in (*a.notes, *b.notes):
-        verdict.note(note)
+    verdict.notes += [*a.notes, *b.notes]
     judge.weights()
     for one, other in zip(a.steps, b.steps):  # noqa: B905
         if verdict.same and not judge.ended:
@@ -101,9 +100,9 @@ class _Judge:
         if bad:
             self.verdict.blame(
                 "weights", bad[0],
-                f"the weights differ before the first step: {len(bad)} of {len(both)}, first "
-                f"{bad[0].module}. Start both from one checkpoint: the same seed draws other "
-                "numbers on another device.",
+                f"{len(bad)} of {len(both)} weights differ before the first step, first "
+                f"{shown_name(bad[0].module)}. Start both from one checkpoint: the same seed draws "
+                "other numbers on another device.",
             )  # fmt: skip
             self.verdict.rows += bad[1:]
 
@@ -143,7 +142,7 @@ class _Judge:
         for pair in match.values:
             _, shape, one = match.a.values[pair.at]
             _, other_shape, other = match.b.values[pair.to]
-            cause = pair.cause()
+            cause = match.cause(pair)
             level = self.unit if cause.batch else self.level
             far = distance(one, other)
             row = Row(match.a.number, cause.module, cause.what, far, GROWTH * level)
@@ -179,8 +178,7 @@ class _Judge:
             far = math.inf if math.isfinite(one) or math.isfinite(other) else 0.0
         if abs(one - other) > LOSS_PARTS * max(abs(one), abs(other)):
             self.verdict.note(f"the losses part at step {match.a.number}: {one:.5g}, {other:.5g}")
-        row = Row(match.a.number, "", "loss", far, GROWTH * self.level)
-        if self.off(row):
+        if self.off(row := Row(match.a.number, "", "loss", far, GROWTH * self.level)):
             text = f"the loss is off ({one:.6g} and {other:.6g}), and what the model returns agrees"
             self.verdict.blame("loss", row, text)
 
@@ -207,7 +205,7 @@ class _Judge:
             to = partners.get(at)
             if to in b.gradients and a.values[at][1] == b.values[to][1]:
                 other = b.gradients[to][1]
-                module, text = causes_backward(a, at)
+                module, text = match.who.gradient(at)
                 row = Row(a.number, module, text, distance(one, other, least), 0.0)
                 yield _Gradient(place, row, text, distance(one, other, least, robust=False))
 
@@ -217,7 +215,7 @@ class _Judge:
         for name, (_, shape, one) in a.parameters.items():
             if name not in b.parameters or shape != b.parameters[name][1]:
                 continue
-            module, calls = cause_of_parameter(a, name)
+            module, calls = match.who.owner(name)
             outs = [at for call in calls for at in call.outputs if at in a.gradients]
             # Of a sum that cancels, such as a bias before a batch norm, only rounding is left: a
             # gradient is measured against what it would be if nothing cancelled by chance.
@@ -231,8 +229,8 @@ class _Judge:
             size = math.sqrt(square) if math.isfinite(square) else 0.0
             far = distance(one, b.parameters[name][2], max(least, size))
             place = max([places[at] for at in outs], default=len(places)) + 0.5
-            row = Row(a.number, module, f"gradient of {name}", far, 0.0)
-            yield _Gradient(place, row, f"the gradient of {name}", 0.0)
+            row = Row(a.number, module, f"gradient of {shown_name(name)}", far, 0.0)
+            yield _Gradient(place, row, f"the gradient of {shown_name(name)}", 0.0)
 
     def _rates(self, match: Match) -> None:
         one, other = match.a.rates, match.b.rates
@@ -254,7 +252,7 @@ class _Judge:
                 far = distance(one[name], other[name])
                 row = Row(step, name, "buffer after the step", far, GROWTH * self.level)
                 if self.off(row):
-                    text = f"the buffer {name} is off after it, and what was computed agrees"
+                    text = f"the buffer {shown_name(name)} is off, and what was computed agrees"
                     return self.verdict.blame("buffer", row, text)
         return None
 

@@ -13,6 +13,11 @@ ROWS = 8
 """That are printed."""
 
 
+def shown_name(name: str) -> str:
+    """The name of a module or parameter, in one line."""
+    return (name if name.isprintable() else repr(name)) or "the model itself"
+
+
 @dataclass
 class Row:
     """One thing that differs by more than is allowed."""
@@ -28,7 +33,7 @@ class Row:
         far = f"{self.distance:.1e} apart, allowed are {self.allowed:.1e}"
         if math.isinf(self.distance):
             far = "not finite in one of them"
-        return f"step {self.step}, {self.module or 'the model itself'}: {self.what}: {far}"
+        return f"step {self.step}, {shown_name(self.module)}: {self.what}: {far}"
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from portable_amp.numerics.difference import shown_name
 from portable_amp.numerics.tracefile import Call, Step
 
 Key = tuple[str, int, str, int]
@@ -16,14 +17,8 @@ class Pair:
 
     at: int
     to: int
-    maker: Step
-    """The step that tells who made it."""
     again: bool
-    """The first one has been paired already."""
-
-    def cause(self) -> Cause:
-        """What made it."""
-        return cause_forward(self.maker, self.to if self.again else self.at)
+    """The first one has been paired already: the second run tells who made it."""
 
 
 @dataclass
@@ -38,23 +33,29 @@ class Match:
     """What is in one of them only."""
 
     def __post_init__(self) -> None:
+        self.who, self.others = Who(self.a), Who(self.b)
         there = _keys(self.b)
         pairs = {(at, there[key]): None for key, at in _keys(self.a).items() if key in there}
         seen: set[int] = set()
         for at, to in sorted(pairs, key=lambda pair: (max(pair), pair)):
             # One run may return the tensor that was given, where the other one makes a new one.
-            self.values.append(Pair(at, to, self.b if at in seen else self.a, at in seen))
+            self.values.append(Pair(at, to, at in seen))
             seen.add(at)
         for which, one, other in (("first", self.a, self.b), ("second", self.b, self.a)):
             known = {(call.name, call.number) for call in other.calls}
             alone = [call for call in one.calls if (call.name, call.number) not in known]
             if alone:
-                named = ", ".join(dict.fromkeys(_shown(call.name) for call in alone[:4]))
+                named = ", ".join(dict.fromkeys(shown_name(call.name) for call in alone[:4]))
                 self.notes.append(f"called in the {which} run only: {len(alone)} calls, of {named}")
+
+    def cause(self, pair: Pair) -> Cause:
+        """What made a value."""
+        return self.others.made(pair.to) if pair.again else self.who.made(pair.at)
 
     def types(self, name: str) -> set[str]:
         """What a module is in either."""
-        return {call.type for step in (self.a, self.b) for call in step.calls if call.name == name}
+        both = (*self.who.named.get(name, []), *self.others.named.get(name, []))
+        return {call.type for call in both}
 
     def roots(self) -> list[int]:
         """The values that the outermost calls return."""
@@ -86,54 +87,64 @@ class Cause:
         return f"{self.place}: {self.what}"
 
 
-def _shown(name: str) -> str:
-    return name or "the model itself"
-
-
 def _named(call: Call) -> str:
     again = f", call {call.number}" if call.number > 1 else ""
-    return f"{_shown(call.name)} ({call.type}{again})"
+    return f"{shown_name(call.name)} ({call.type}{again})"
 
 
-def cause_forward(step: Step, at: int) -> Cause:
-    """The innermost module that returned it; or the one that made it between calls of others."""
-    for call in reversed(step.calls):  # what is inside of a call comes after it
-        if at in call.outputs and at not in call.inputs:
-            return Cause(call.name, "output", _named(call))
-    for call in step.calls:
-        if at in call.inputs:
-            if call.parent is None:
-                return Cause(call.name, "input", _named(call), batch=True)
-            parent = step.calls[call.parent]
-            what = f"what its own forward gives {_named(call)}"
-            return Cause(parent.name, what, _named(parent))
-    return Cause("", "value", "")
+class Who:
+    """Who made, took and owns what in a step."""
 
+    def __init__(self, step: Step) -> None:
+        self.calls = step.calls
+        self.makers: dict[int, list[Call]] = {}
+        self.takers: dict[int, list[Call]] = {}
+        self.named: dict[str, list[Call]] = {}
+        for call in step.calls:  # what is inside of a call comes after it
+            self.named.setdefault(call.name, []).append(call)
+            for at in call.outputs:
+                self.makers.setdefault(at, []).append(call)
+            for at in call.inputs:
+                self.takers.setdefault(at, []).append(call)
 
-def causes_backward(step: Step, at: int) -> tuple[str, str]:
-    """The module whose backward pass made the gradient at a value, and how to say it."""
-    takers = [place for place, call in enumerate(step.calls) if at in call.inputs]
-    inner = [p for p in takers if not any(step.calls[q].parent == p for q in takers)]
-    if inner:
-        calls = [step.calls[place] for place in inner]
-        named = " or ".join(dict.fromkeys(map(_named, calls)))
-        return calls[0].name, f"the gradient of the input of {named}"
-    makers = [place for place, call in enumerate(step.calls) if at in call.outputs]
-    outer = step.calls[makers[0]]  # its caller uses it
-    if outer.parent is None:
-        return outer.name, f"the gradient that the loss gives {_named(outer)}"
-    parent = step.calls[outer.parent]
-    text = f"the gradient that {_named(parent)} itself gives the output of {_named(outer)}"
-    return parent.name, text
+    def made(self, at: int) -> Cause:
+        """The innermost module that returned a value; or who made it between calls of others."""
+        for call in reversed(self.makers.get(at, [])):
+            if at not in call.inputs:
+                return Cause(call.name, "output", _named(call))
+        call = self.takers[at][0]
+        if call.parent is None:
+            return Cause(call.name, "input", _named(call), batch=True)
+        parent = self.calls[call.parent]
+        what = f"what its own forward gives {_named(call)}"
+        return Cause(parent.name, what, _named(parent))
 
+    def gradient(self, at: int) -> tuple[str, str]:
+        """The module whose backward pass made the gradient at a value, and how to say it."""
+        takers = self.takers.get(at, [])
+        outside = {call.parent for call in takers}
+        inner = [
+            call
+            for call in takers
+            if not any(self.calls[p] is call for p in outside if p is not None)
+        ]
+        if inner:
+            named = " or ".join(dict.fromkeys(map(_named, inner)))
+            return inner[0].name, f"the gradient of the input of {named}"
+        outer = self.makers[at][0]  # its caller uses it
+        if outer.parent is None:
+            return outer.name, f"the gradient that the loss gives {_named(outer)}"
+        parent = self.calls[outer.parent]
+        text = f"the gradient that {_named(parent)} itself gives the output of {_named(outer)}"
+        return parent.name, text
 
-def cause_of_parameter(step: Step, name: str) -> tuple[str, list[Call]]:
-    """The module that a parameter belongs to, or the next one outside that was called."""
-    prefix, colon, rest = name.rpartition(": ")
-    parts = rest.split(".")[:-1]
-    while True:
-        owner = prefix + colon + ".".join(parts)
-        calls = [call for call in step.calls if call.name == owner]
-        if calls or not parts:
-            return owner, calls
-        parts.pop()
+    def owner(self, parameter: str) -> tuple[str, list[Call]]:
+        """The module that a parameter belongs to, or the next one outside that was called."""
+        prefix, colon, rest = parameter.rpartition(": ")
+        parts = rest.split(".")[:-1]
+        while True:
+            owner = prefix + colon + ".".join(parts)
+            calls = self.named.get(owner, [])
+            if calls or not parts:
+                return owner, calls
+            parts.pop()

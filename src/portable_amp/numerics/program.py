@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def _record(out: str, program: list[str], steps: int) -> int:
         raise TraceError(f"there is no program {program[0]!r}")
     from portable_amp.numerics.trace import Trace
 
-    before = sys.argv, sys.path[:]
+    before, here = (sys.argv, sys.path[:]), os.getpid()
     sys.argv = program
     sys.path[0] = str(Path.cwd()) if as_module else str(Path(program[0]).resolve().parent)
     trace = Trace(None, out, steps=steps)
@@ -83,7 +84,7 @@ def _record(out: str, program: list[str], steps: int) -> int:
     finally:
         sys.argv, sys.path[:] = before
     trace.__exit__(type(error) if error else None, error, None)
-    if not trace.recorded:
+    if not trace.recorded and os.getpid() == here:  # a process that it forked ends here, too
         print(f"portable-amp: no step of training was seen in {program[0]!r}", file=sys.stderr)
     if isinstance(error, SystemExit):
         raise error

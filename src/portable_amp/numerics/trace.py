@@ -75,7 +75,7 @@ class Trace:
             with self._guarded():
                 if self._pending and self._pending.went_back:
                     self._finish()
-            self._close("" if kind is None else kind.__name__)
+                self._close("" if kind is None else kind.__name__)
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """A step ends here: for loops whose optimizer is none of `torch.optim`.
@@ -149,9 +149,8 @@ class Trace:
         """A module is called: note what goes in and out, or let it be."""
         found = self._names.get(id(module))
         outermost = not self._stack
-        if outermost and found is None and self._any_root and _trains(module):
-            self._add_root(module)
-            found = self._names.get(id(module))
+        if outermost and found is None:
+            found = self._met(module)
         if (
             found is None
             or (outermost and not torch.is_grad_enabled())
@@ -179,6 +178,15 @@ class Trace:
             self._stack.pop()
         call.outputs += pending.note(output)
         return output
+
+    def _met(self, module: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
+        """The name of a root that was not known: a wrapper made since, or a new one."""
+        inner = unwrapped(module)
+        if inner is not module and id(inner) in self._names:
+            self._names[id(module)] = self._names[id(inner)][0], module
+        elif self._any_root and torch.is_grad_enabled() and _trains(module):
+            self._add_root(module)
+        return self._names.get(id(module))
 
     def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """An optimizer is about to step: its gradients are what it steps with."""
@@ -276,4 +284,4 @@ def of_rank(path: str | os.PathLike[str]) -> str:
 
 
 def _trains(module: torch.nn.Module) -> bool:
-    return torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())
+    return any(one.requires_grad for one in module.parameters())
