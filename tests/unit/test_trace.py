@@ -174,7 +174,6 @@ def test_healthy_runs_agree(name: str, adam: bool, against: Callable[..., Verdic
     both = {"adam": adam, "lr": 1e-3 if adam else 0.05, "steps": 3}
     for other in (
         {"layout": torch.channels_last},
-        {"ctx": None},
         *(
             [{"region": functools.partial(torch.autocast, "cpu", torch.bfloat16)}]
             if name != "lstm"

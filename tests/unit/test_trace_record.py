@@ -493,7 +493,7 @@ def test_a_program_is_recorded_as_it_is(program: Path, capsys: pytest.CaptureFix
 
 
 def test_a_program_ends_as_it_would_alone(
-    program: Path, capsys: pytest.CaptureFixture[str]
+    program: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program.write_text(SCRIPT + "def f():\n    1 / 0\nf()\n")
     assert trace_of("record", "out.trace", "own/train.py") == 1
@@ -505,9 +505,11 @@ def test_a_program_ends_as_it_would_alone(
     assert len(tracefile.read("out.trace").steps) == 4
 
     Path("helper.py").write_text("width = 5")
-    Path("train.py").write_text(SCRIPT + "sys.exit(7)\n")
+    Path("train.py").write_text(SCRIPT + "import os; os.chdir('own'); sys.exit(7)\n")
     assert trace_of("record", "out.trace", "-m", "train", "a") == 7
     assert capsys.readouterr().out.startswith("['a'] __main__")
+    monkeypatch.chdir("..")
+    assert tracefile.read("out.trace").notes == []
     assert tracefile.read("out.trace").steps[0].values[0][1] == [3, 5]
 
     Path("idle.py").write_text("raise KeyboardInterrupt")

@@ -85,7 +85,7 @@ def test_wherever_it_is_cut_off_the_steps_before_are_read(tmp_path: Path) -> Non
     path = written(tmp_path / "t", [a_step(n) for n in range(1, 5)])
     data = path.read_bytes()
     counts = []
-    for length in range(len(data)):
+    for length in [*range(0, len(data), 3), len(data) - 1]:
         path.write_bytes(data[:length])
         try:
             trace = read(path)
@@ -101,7 +101,7 @@ def test_wherever_it_is_cut_off_the_steps_before_are_read(tmp_path: Path) -> Non
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     path = written(tmp_path / "t", [a_step(n) for n in range(1, 3)])
     data = path.read_bytes()
-    for at in range(len(data)):
+    for at in range(0, len(data), 5):
         broken = bytearray(data)
         broken[at] ^= 4
         path.write_bytes(broken)

@@ -68,11 +68,11 @@ def _record(out: str, program: list[str], steps: int) -> int:
         raise TraceError(f"there is no program {program[0]!r}")
     from portable_amp.numerics.trace import Trace
 
+    trace = Trace(None, out, steps=steps)
+    trace.__enter__()  # by hand: what the program raises is told as if it ran alone
     before, here = (sys.argv, sys.path[:]), os.getpid()
     sys.argv = program
     sys.path[0] = str(Path.cwd()) if as_module else str(Path(program[0]).resolve().parent)
-    trace = Trace(None, out, steps=steps)
-    trace.__enter__()  # by hand: what the program raises is told as if it ran alone
     try:
         if as_module:
             runpy.run_module(program[0], run_name="__main__", alter_sys=True)
@@ -83,7 +83,8 @@ def _record(out: str, program: list[str], steps: int) -> int:
         error = raised
     finally:
         sys.argv, sys.path[:] = before
-    trace.__exit__(type(error) if error else None, error, None)
+    ended = error is None or isinstance(error, SystemExit)
+    trace.__exit__(None if ended else type(error), error, None)
     if not trace.recorded and os.getpid() == here:  # a process that it forked ends here, too
         print(f"portable-amp: no step of training was seen in {program[0]!r}", file=sys.stderr)
     if isinstance(error, SystemExit):

@@ -131,7 +131,7 @@ class Writer:
     """
 
     def __init__(self, path: str | os.PathLike[str], header: dict[str, Any]) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100  # the program may go elsewhere
         self.partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         self._layout = b""
         try:
