@@ -83,8 +83,8 @@ def _record(out: str, program: list[str], steps: int) -> int:
         error = raised
     finally:
         sys.argv, sys.path[:] = before
-    ended = error is None or isinstance(error, SystemExit)
-    trace.__exit__(None if ended else type(error), error, None)
+    failed = None if error is None or isinstance(error, SystemExit) else type(error)
+    trace.__exit__(failed, error, None)
     if not trace.recorded and os.getpid() == here:  # a process that it forked ends here, too
         print(f"portable-amp: no step of training was seen in {program[0]!r}", file=sys.stderr)
     if isinstance(error, SystemExit):

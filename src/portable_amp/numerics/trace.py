@@ -25,6 +25,11 @@ from portable_amp.numerics.tracefile import Stats, Writer
 class Trace:
     """A recording, on inside of its `with` block; see `DeviceContext.trace`."""
 
+    path: str
+    """The file, with this process's rank in its name."""
+    recorded: int
+    """Steps in the file."""
+
     def __init__(
         self,
         model: torch.nn.Module | None,
@@ -37,7 +42,6 @@ class Trace:
             raise ValueError(f"steps={steps!r}: a number of steps from 1 on, or None: all")
         self.path = of_rank(path)
         self.recorded = 0
-        """Steps in the file."""
         self._limit = steps
         self._about = {"torch": torch.__version__, **(about or {})}
         self._any_root = model is None
