@@ -257,3 +257,18 @@ def test_distances() -> None:
         math.inf,
         math.inf,
     )
+
+
+def test_gradients_may_be_as_far_apart_as_branches_make_them(tmp_path: Path) -> None:
+    def step(dtype: str, forward: float, gradient: float) -> Step:
+        values = [("float32", [4, 8], row()), (dtype, [4, 2], row(forward))]
+        return a_step(values=values, gradients={1: (dtype, row(gradient))})
+
+    for dtype, forward, gradient, kind in (
+        ("bfloat16", 1.004, 1.1, "same"),  # of a share of 0.004 of the elements
+        ("bfloat16", 1.004, 1.3, "backward"),
+        ("float32", 1.0, 1.01, "same"),
+        ("float32", 1.0, 1.1, "backward"),
+    ):
+        found = verdict(tmp_path, [step(dtype, 1.0, 1.0)], [step(dtype, forward, gradient)])
+        assert found.kind == kind, f"{dtype} {gradient}: {found}"
