@@ -17,6 +17,7 @@ from portable_amp.errors import (
     PrecisionFallbackWarning,
     ScaleCollapseWarning,
     StateWarning,
+    TraceError,
     UnsupportedPrecisionError,
 )
 from portable_amp.memory import clear_cache, is_oom_error, memory_stats, split_on_oom
@@ -43,6 +44,7 @@ __all__ = [
     "StateWarning",
     "StepResult",
     "Support",
+    "TraceError",
     "UnsupportedPrecisionError",
     "choose",
     "clear_cache",

@@ -1,4 +1,4 @@
-"""The command line: portable-amp doctor | check | fix."""
+"""The command line: portable-amp doctor | check | fix | trace."""
 
 from __future__ import annotations
 
@@ -35,15 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_doctor(doctor)
     # They parse and never import torch, or what they read.
     from portable_amp.migrate import commands as migrate
+    from portable_amp.numerics import program
 
     migrate.add_arguments(commands)
+    program.add_arguments(commands)
     options = parser.parse_args(arguments)
     if options.command == "doctor" and not options.thorough:
         for name in ("markdown", "device", "seconds", "only", "seed", "in_process"):
             if getattr(options, name) not in (None, False):
                 doctor.error(f"--{name.replace('_', '-')} is about --thorough")
     try:
-        code = _doctor(options) if options.command == "doctor" else _migrate(options)
+        if options.command == "doctor":
+            code = _doctor(options)
+        else:
+            code = program.run(options) if options.command == "trace" else _migrate(options)
         if sys.stdout:  # it may be closed
             sys.stdout.flush()  # else a reader that left would show when Python ends
     except PortableAmpError as error:

@@ -35,6 +35,7 @@ from portable_amp.numerics.islands import islands, keep_in_fp32
 from portable_amp.numerics.nonfinite import NonfiniteReport
 from portable_amp.numerics.replay import Place
 from portable_amp.numerics.report import Report
+from portable_amp.numerics.trace import Trace
 from portable_amp.numerics.verify import verify
 from portable_amp.plan_cache import forget_plan, keep, recall, signature
 from portable_amp.precision import Precision, PrecisionPlan, choose
@@ -397,6 +398,42 @@ class DeviceContext:
         return headroom(
             _unwrapped(model), batch, self.device.type, loss=loss, scale=scale, move=self._moved
         )
+
+    def trace(
+        self, model: torch.nn.Module, path: str | os.PathLike[str], *, steps: int | None = None
+    ) -> Trace:
+        """Record what training computes, module by module, for a comparison with another machine.
+
+        A context manager: inside of its block, and until `steps` steps are recorded, forward passes
+        with gradients on, backward passes and steps of optimizers are followed. Nothing is put into
+        the model, no random number is drawn, and nothing waits for the device until a step is over.
+        A step ends where the model is called again after an optimizer of torch has stepped. For
+        another optimizer call `Trace.step(loss)` at the end of each step. Passes without gradients
+        are not recorded, and of what torch.compile compiled only the outermost call is.
+        `portable-amp trace compare` says where two files first differ.
+
+        Args:
+            model: the one that is trained; several in a ModuleDict.
+            path: becomes the file at the end; until then it is `PATH.PID.partial`. Each rank but
+                the first adds `.rankN`.
+            steps: how many; None: until the block is left.
+
+        Raises:
+            TraceError: the file cannot be written.
+            RuntimeError: on entering, another one is being recorded.
+
+        >>> import tempfile
+        >>> model = torch.nn.Linear(8, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with DeviceContext("cpu").trace(model, f"{folder}/cpu.trace") as trace:
+        ...         model(torch.ones(4, 8)).sum().backward()
+        ...         optimizer.step()
+        ...     trace.recorded
+        1
+        """
+        about = {"device": str(self.device), "name": self.capabilities.name, "plan": self.plan.name}
+        return Trace(model, path, steps=steps, about=about)
 
     def scaler(
         self,

@@ -13,6 +13,7 @@ __all__ = [
     "PrecisionFallbackWarning",
     "ScaleCollapseWarning",
     "StateWarning",
+    "TraceError",
     "UnsupportedPrecisionError",
 ]
 
@@ -45,6 +46,10 @@ class DistributedError(PortableAmpError, RuntimeError):
 
 class MachineError(PortableAmpError, LookupError):
     """The testing kit has no such machine, version of torch or option."""
+
+
+class TraceError(PortableAmpError, RuntimeError):
+    """A trace cannot be written or read: no such file, damaged, or no trace."""
 
 
 class PortableAmpWarning(UserWarning):

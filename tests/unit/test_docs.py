@@ -18,6 +18,7 @@ from cv_classification import __main__ as example
 from cv_classification.config import InputError, load_config
 from portable_amp import DeviceContext, ScalerShim, choose, cli
 from portable_amp.autocast import Autocast, NoAutocast, OffAutocast
+from portable_amp.numerics import program
 from portable_amp.testing import play
 from support import SETTINGS
 
@@ -115,9 +116,11 @@ def test_a_page_that_is_wrong_is_noticed(page: str) -> None:
         run("page", page)
 
 
-# Each section of the rules is a program of its own (see tests/migrate); the second page plays
-# machines itself, and the third one sets a region against a context on purpose.
-APART = ("rules.md", "test-other-machines.md", "autocast-and-reentry.md")
+# Each section of the rules is a program of its own (see tests/migrate); the second and the
+# last page play machines themselves, and the third one sets a region against a context on purpose.
+APART = (
+    "rules.md", "test-other-machines.md", "autocast-and-reentry.md", "compare-two-machines.md",
+)  # fmt: skip
 MACHINES = ("t4", "a100", "gtx1080", "m2-macos14", "cpu", "cpu-avx512bf16")
 LOOPS = [
     (path, machine)
@@ -224,6 +227,7 @@ def exit_code(line: str) -> int | None:
 def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_doctor", lambda options: 0)
     monkeypatch.setattr(cli, "_migrate", lambda options: 0)
+    monkeypatch.setattr(program, "run", lambda options: 0)
     told = [block for path in PAGES for block in blocks(path.read_text("utf-8"))]
     console = "".join(block.text for block in told if block.language == "console")
     codes = {line: exit_code(line) for line in re.findall(r"^\$ (.+)$", console, re.M)}
