@@ -280,10 +280,11 @@ class DeviceContext:
         plan = self.plan
         place = Place(self.device, self.autocast, plan.dtype, plan.memory_format, repeats)
         with self.autocast(enabled=False):  # for backward passes; the place has a region of its own
-            return verify(
+            report = verify(
                 _unwrapped(model), batch, place,
                 loss=loss, move=self._moved, plan=plan.name, fp32_modules=fp32_modules, **more,
             )  # fmt: skip
+        return report.accepting(self.fp32)
 
     def with_fp32_modules(
         self, model: torch.nn.Module, batch: Any, *, loss: Loss = mean_square

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -515,6 +516,10 @@ def test_a_report_has_a_verdict_a_line_for_each_fault_and_notes() -> None:
     first, *rest = str(wrong).splitlines()
     assert first.endswith("in bf16: 1 modules are off, of 7 calls of modules.")
     assert rest == [f"- {fault}"] * 2
+    short = replace(fault, kind="tf32")
+    lines = str(Report("cpu", "fp32", (short, fault, short, short), 7, 0.25, ())).splitlines()
+    more = "- 2 results more, of which the same is true"
+    assert lines[1:] == [f"- {fault}", f"- {short}", more]
 
 
 class Outer(nn.Module):
@@ -1031,6 +1036,9 @@ def test_shorter_products_are_measured(kind: str, short: Callable[..., Any]) -> 
     report = report_of(nn.Sequential(nn.Linear(16, 16), Short(short)))
     assert {(one.module, one.kind) for one in report.faults} == ({("1", kind)} if kind else set())
     assert (kind in ("tf32", "bf16")) == ("fp32='ieee'" in str(report))
+    report = report.accepting("tf32")  # as under DeviceContext(fp32="tf32")
+    assert report.ok == (kind in ("tf32", ""))
+    assert {one.kind for one in report.limits} == ({"tf32"} if kind == "tf32" else set())
     report = report_of(nn.Sequential(Short(short, factor=1.01)))
     assert {one.kind for one in report.faults} == {"wrong"}, "and something else is off, too"
 

@@ -14,15 +14,13 @@ from portable_amp.copies import Loss, one_line
 from portable_amp.nested import slice_of
 from portable_amp.numerics.islands import islands
 from portable_amp.numerics.replay import Place
-from portable_amp.numerics.report import ADVICE, Report
+from portable_amp.numerics.report import ADVICE, SHORT_PRODUCTS, Report
 from portable_amp.numerics.verify import verify
 
 FEW = 4
 """Samples of the batch that are replayed."""
 MOST_PARAMETERS = 300_000_000
 """More are not copied in float64: 8 bytes each, and as much for their gradients."""
-SHORT_PRODUCTS = ("tf32", "bf16")
-"""Kinds of faults that are torch's default on some devices: told, and accepted."""
 
 
 class Proof:
@@ -66,6 +64,7 @@ class Proof:
             report = self._report(dtype, layout, names, sampled=True)
         except Exception as error:  # such as a model that takes no other number of samples
             return "", f"not replayed: {one_line(error)}"
+        # Shorter products are told, and accepted.
         wrong = [fault for fault in report.faults if fault.kind not in SHORT_PRODUCTS]
         if wrong:
             return f"replay finds it wrong: {wrong[0]}", ""

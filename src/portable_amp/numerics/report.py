@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ADVICE = {
     "wrong": "this device computes something else: report it, with torch's version and this module",
@@ -16,6 +16,8 @@ ADVICE = {
     "path": "it calls other modules, or with other shapes, than on the CPU",
 }
 """What to do, by the kind of fault or limit."""
+SHORT_PRODUCTS = ("tf32", "bf16")
+"""Kinds that are torch's default on some devices."""
 LIMITS = ("underflow", "rounds")
 """Kinds that are no fault of the device."""
 MOST_LINES = 3
@@ -66,6 +68,12 @@ class Report:
     limits: tuple[Fault, ...] = ()
     """What is off because of the dtype, as it would be on any device; no faults."""
 
+    def accepting(self, kind: str) -> Report:
+        """The same where this kind is what was asked for: no fault, but a limit."""
+        asked = tuple(one for one in self.faults if one.kind == kind)
+        rest = tuple(one for one in self.faults if one.kind != kind)
+        return replace(self, faults=rest, limits=self.limits + asked)
+
     @property
     def ok(self) -> bool:
         """No module computes something else."""
@@ -81,7 +89,13 @@ class Report:
             first = f"{self.device} does NOT compute this model right in {self.plan}: "
             first += f"{named} modules are off, of {calls}."
         limits = sorted(self.limits, key=lambda one: one.error, reverse=True)
-        rows = [*map(str, self.faults), *(f"limit: {one}" for one in limits[:MOST_LINES])]
+        rows = [str(one) for one in self.faults if one.kind not in SHORT_PRODUCTS]
+        for kind in SHORT_PRODUCTS:  # of each convolution and linear layer there is
+            alike = [str(one) for one in self.faults if one.kind == kind]
+            rows += alike[:1]
+            if alike[1:]:
+                rows.append(f"{len(alike) - 1} results more, of which the same is true")
+        rows += [f"limit: {one}" for one in limits[:MOST_LINES]]
         if limits[MOST_LINES:]:
             rows.append(f"limit: {len(limits) - MOST_LINES} results more, closer than these")
         rows += [f"note: {note}" for note in self.notes]
