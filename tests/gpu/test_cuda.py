@@ -16,7 +16,10 @@ from portable_amp import (
     save_checkpoint,
     split_on_oom,
 )
+from portable_amp.numerics.compare import compare
+from portable_amp.numerics.tracefile import read
 from portable_amp.testing import play
+from portable_amp.testing.play import is_playing
 
 
 @pytest.fixture(params=["real", "played"], autouse=True)
@@ -108,3 +111,57 @@ def test_a_module_that_overflows_is_named_forward_and_backward() -> None:
     )
     assert (report.module, report.reaches) == ("2", "a gradient")
     assert not ctx.headroom(model, batch).ok
+
+
+def network() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 32, 3, stride=2), torch.nn.GELU(), torch.nn.Flatten(),
+        torch.nn.Linear(32 * 49, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_this_card_computes_right(precision: str, training: bool) -> None:
+    ctx = DeviceContext("cuda", precision=precision, fp32="ieee")
+    batch = torch.randn(8, 3, 16, 16)
+    report = ctx.verify(network().train(training), batch, sizes=(1 + training, 33))
+    assert report.ok, str(report)
+
+
+def test_tf32_is_told_from_fp32_where_the_card_has_it() -> None:
+    if is_playing():
+        pytest.skip("needs a real card: a played one multiplies as the CPU does")
+    ctx = DeviceContext("cuda", precision="fp32", fp32="tf32")
+    if ctx.capabilities.tf32 is not True:
+        pytest.skip(f"{ctx.capabilities.name} has no TF32")
+    model, batch = network(), torch.randn(8, 3, 16, 16)
+    report = ctx.verify(model, batch)
+    assert report.ok, str(report)
+    assert {one.module for one in report.limits if one.kind == "tf32"} >= {"3", "6"}, str(report)
+    torch.set_float32_matmul_precision("high")
+    try:
+        report = DeviceContext("cuda", precision="fp32").verify(model, batch)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert {one.kind for one in report.faults} == {"tf32"}, str(report)
+
+
+def test_a_trace_of_this_card_agrees_with_that_of_the_cpu(tmp_path: Path) -> None:
+    batch, targets = torch.randn(8, 3, 16, 16), torch.arange(8)
+    for device in ("cpu", "cuda"):
+        ctx = DeviceContext(device, precision="fp32", fp32="ieee")
+        model = ctx.to(network())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        scaler = ctx.scaler()
+        x, y = ctx.to((batch, targets))
+        with ctx.trace(model, tmp_path / f"{device}.trace"):
+            for _ in range(3):
+                with ctx.autocast():
+                    loss = torch.nn.functional.cross_entropy(model(x), y)
+                scaler.backward_step(loss, optimizer)
+    verdict = compare(*(read(str(tmp_path / f"{one}.trace")) for one in ("cpu", "cuda")))
+    assert verdict.same, str(verdict)
+    assert verdict.steps == 3
