@@ -163,9 +163,10 @@ class DeviceContext:
 
         Tried are fp32, bf16 and fp16, each with images contiguous and channels last, on copies: the
         model, its gradients and the random state stay as they are. A precision that was asked for
-        is kept, and only the rest is tried. What is too far from fp32 is out: for 16 bits 5 % of
-        the loss, 20 % of the gradient, 45 % of one parameter's; `explain()` has all times. The
-        first of the rest, contiguous and in fp32, is kept unless another is faster beyond doubt.
+        is kept, and only the rest is tried. What is further from fp32 than `tuning.TOLERANCE` is
+        out, unless keeping some modules in fp32 mends it. The winner is replayed against float64 on
+        the CPU, module by module, and is out if it is wrong. `explain()` has all times. The first
+        of the rest, contiguous and in fp32, is kept unless another is faster beyond doubt.
         Where noise hides whether one is, `plan.settled` is False, and the plan is not kept. For a
         model in evaluation mode `plan.chunk` is how many samples of the batch one pass is fastest
         with. Every rank must call it; rank 0 decides, for ranks that can all compute its plan.

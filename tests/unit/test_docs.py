@@ -116,10 +116,11 @@ def test_a_page_that_is_wrong_is_noticed(page: str) -> None:
         run("page", page)
 
 
-# Each section of the rules is a program of its own (see tests/migrate); the second and the
-# last page play machines themselves, and the third one sets a region against a context on purpose.
+# Each section of the rules is a program of its own (see tests/migrate); the second one and the
+# last two play machines themselves, and the third one sets a region against a context on purpose.
 APART = (
     "rules.md", "test-other-machines.md", "autocast-and-reentry.md", "compare-two-machines.md",
+    "trust-the-numbers.md",
 )  # fmt: skip
 MACHINES = ("t4", "a100", "gtx1080", "m2-macos14", "cpu", "cpu-avx512bf16")
 LOOPS = [
