@@ -186,29 +186,9 @@ def what_is_tested() -> str:
         f"torch {told['torch']}, cosmic-ray {told['cosmic-ray']}:"
     )
     found = f"{made}\n\n{table(head, rows)}" if modules else "No module has been counted so far."
-    return filled(TESTED, "faults", found)
-
-
-def filled(page: str, mark: str, made: str) -> str:
-    """A page as it is, with this table between its two marks."""
-    before, begin, rest = (DOCS / page).read_text("utf-8").partition(f"<!-- {mark} -->\n")
-    _, end, behind = rest.partition(f"<!-- end of {mark} -->")
-    return (before + begin + made + "\n\n" + end + behind).rstrip("\n")
-
-
-TRUST = "explanation/trust.md"
-
-
-def planted_faults() -> str:
-    """The page as it is, with the table of what `verify` is tried on."""
-    sys.path.insert(0, str(DOCS.parent / "tests"))
-    from planted import PLANTED
-
-    rows = [
-        [what, model, f"`{place}`" if place else "the model itself"]
-        for what, (model, place, _) in PLANTED.items()
-    ]
-    return filled(TRUST, "planted", table(["what is wrong", "model", "module"], rows))
+    before, begin, rest = (DOCS / TESTED).read_text("utf-8").partition("<!-- faults -->\n")
+    _, end, behind = rest.partition("<!-- end of faults -->")
+    return (before + begin + found + "\n\n" + end + behind).rstrip("\n")
 
 
 def explained_faults() -> str:
@@ -239,7 +219,6 @@ def explained_faults() -> str:
 
 PAGES = {
     TESTED: what_is_tested,
-    TRUST: planted_faults,
     "explanation/unnoticed-faults.md": explained_faults,
     "reference/support-matrix.md": support_matrix,
     "reference/autocast-dtypes.md": autocast_dtypes,

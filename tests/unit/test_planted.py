@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from planted import PLANTED, plant
@@ -25,3 +27,10 @@ def test_a_planted_fault_is_named_where_it_is(what: str) -> None:
 
 def test_there_are_forty() -> None:
     assert len(PLANTED) >= 40
+
+
+def test_the_page_has_all() -> None:
+    page = Path(__file__).parents[2] / "docs" / "explanation" / "evidence" / "planted.md"
+    rows = [f"| {what} | {name} | " for what, (name, _, _) in PLANTED.items()]
+    told = page.read_text("utf-8")
+    assert [row for row in rows if row not in told] == []
