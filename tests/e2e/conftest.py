@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +63,17 @@ def tiny(tmp_path: Path) -> Path:
 def settings(tiny: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Overrides for a run on the tiny data, with more of them as keyword `section__key=value`."""
 
-    def make(**more: object) -> list[str]:
-        chosen = {
-            "data.path": tiny,
-            "output": tmp_path / "run",
-            "device": "cpu",
-            "precision": "fp32",
-            "data.batch_size": 4,
-            "data.validation": 0.25,
-            "train.epochs": 2,
-            **{name.replace("__", "."): value for name, value in more.items()},
-        }
-        return [*MODEL, *(f"{name}={value}" for name, value in chosen.items())]
+    return partial(overrides, data__path=tiny, output=tmp_path / "run")
 
-    return make
+
+def overrides(**more: object) -> list[str]:
+    """The settings of a small run, with more of them as keyword `section__key=value`."""
+    chosen = {
+        "device": "cpu",
+        "precision": "fp32",
+        "data.batch_size": 4,
+        "data.validation": 0.25,
+        "train.epochs": 2,
+        **{name.replace("__", "."): value for name, value in more.items()},
+    }
+    return [*MODEL, *(f"{name}={value}" for name, value in chosen.items())]

@@ -23,6 +23,7 @@ from cv_classification.images import Draws, evaluation_draws
 from portable_amp import Ranks, load_checkpoint
 
 from . import test_example_training as training
+from .conftest import overrides, write_tiny
 from .survivor import compare
 from .test_example_survival import NO_BATCH_NORM, environment
 
@@ -48,19 +49,45 @@ TORCHRUN = (
     *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
     *("--nproc-per-node", "2"),
 )
-DIES_ONCE = """
-import os, signal, sys
-from cv_classification import train as training
+FORKED = """
+import json, os, signal, sys
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
+import cv_classification.report
+from cv_classification import train
 from cv_classification.__main__ import main
-usual = training.take_step
-def take_step(run, *rest):
+from e2e import test_example_training as training
+asked, usual = json.loads(sys.argv[1]), train.take_step
+def dies_once(run, *rest):
     died = run.config.output / "died"
     if run.progress.updates == 5 and os.environ["RANK"] == "1" and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return usual(run, *rest)
-training.take_step = take_step
-sys.exit(main())
+def run(name, *more):
+    assert main(["train", *more, f"output={name}", *asked[name]]) == 0
+def killed():
+    train.take_step = dies_once
+    run("killed", "--resume", "auto")
+def step():
+    torch.manual_seed(0)
+    model, parts = training.Linear(), training.linear_batches(2)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    net = DistributedDataParallel(model)
+    training.run_epoch(net, parts[rank : rank + 1], training.CPU.scaler(), **training.WEIGHED)
+    if rank == 0:
+        torch.save(model.state_dict(), "two.pt")
+    torch.distributed.destroy_process_group()
+for job, *words in ((run, "whole"), (killed,), (run, "sharded"), (step,)):
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="-".join((job.__name__, *words)),
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=3 * (job is killed),
+        start_method="fork",
+    )
+    elastic_launch(config, job)(*words)
+run("one")
 """
 
 
@@ -89,57 +116,61 @@ def assert_close(one: Path, other: Path) -> None:
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("sharded", ["false", "true"])
-def test_two_processes_train_as_one(
-    sharded: str, settings: Settings, tiny: Path, tmp_path: Path
-) -> None:
-    table = tiny / "train.csv"  # one class is rare, and the images to validate are odd in number
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What came of FORKED: torchrun's own agent, but that its processes import nothing anew."""
+    folder = tmp_path_factory.mktemp("forked")
+    killed = overrides(
+        data__path=write_tiny(folder / "usual"), train__epochs=3, train__save_every=2
+    )
+    table = write_tiny(folder / "data") / "train.csv"
+    # One class is rare, and the images to validate are odd in number.
     table.write_text("".join(table.read_text("utf-8").splitlines(keepends=True)[:-4]), "utf-8")
-    assert main(["train", *settings(output=tmp_path / "one", **COMPARABLE)]) == 0
-    two = settings(output=tmp_path / "two", train__sharded=sharded, **COMPARABLE)
+    one = overrides(data__path=folder / "data", **COMPARABLE)
+    asked = {
+        "whole": killed, "killed": killed, "one": one, "sharded": [*one, "train.sharded=true"]
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, json.dumps(asked)],
+        env=environment() | STORE, cwd=folder, capture_output=True, text=True, check=False,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+
+
+@needs_fork
+def test_two_processes_train_as_one(forked: Path) -> None:
+    two = overrides(data__path=forked / "data", output=forked / "two", **COMPARABLE)
     said = torchrun("-m", "cv_classification", "train", *two)
     assert said.count("15 images to train on, 5 to validate") == 1
-    assert_close(tmp_path / "one", tmp_path / "two")
-    assert (tmp_path / "two/report.html").is_file()
+    assert (forked / "two/report.html").is_file()
+    assert_close(forked / "one", forked / "two")
 
 
-STEP = """
-import sys, torch
-from torch.nn.parallel import DistributedDataParallel
-from e2e import test_example_training as training
-torch.manual_seed(0)
-model, parts = training.Linear(), training.linear_batches(2)
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-net = DistributedDataParallel(model)
-training.run_epoch(net, parts[rank : rank + 1], training.CPU.scaler(), **training.WEIGHED)
-if rank == 0:
-    torch.save(model.state_dict(), sys.argv[1])
-torch.distributed.destroy_process_group()
-"""
+@needs_fork
+def test_two_processes_that_share_the_weights_train_as_one(forked: Path) -> None:
+    assert (forked / "sharded/report.html").is_file()
+    assert_close(forked / "one", forked / "sharded")
 
 
-def test_two_processes_take_the_mean_over_both(tmp_path: Path) -> None:
-    (tmp_path / "step.py").write_text(STEP)
-    torchrun(str(tmp_path / "step.py"), str(tmp_path / "two.pt"))
+@needs_fork
+def test_two_processes_take_the_mean_over_both(forked: Path) -> None:
     torch.manual_seed(0)
     model, parts = training.Linear(), training.linear_batches(2)
     whole = [tuple(torch.cat(column) for column in zip(*parts, strict=True))]
     training.run_epoch(model, whole, training.CPU.scaler(), **training.WEIGHED)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two = torch.load(forked / "two.pt", weights_only=True)
     torch.testing.assert_close(two, model.state_dict(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_killed_worker_is_brought_back(settings: Settings, tmp_path: Path) -> None:
-    (tmp_path / "dies_once.py").write_text(DIES_ONCE)
-    usual = {"train__epochs": 3, "train__save_every": 2}
-    whole = settings(output=tmp_path / "whole", **usual)
-    torchrun("-m", "cv_classification", "train", *whole)
-    killed = settings(output=tmp_path / "killed", **usual)
-    script = str(tmp_path / "dies_once.py")
-    torchrun("--max-restarts", "3", script, "train", "--resume", "auto", *killed)
-    assert (tmp_path / "killed/died").exists()
-    assert compare(tmp_path / "whole", tmp_path / "killed") == []
+@needs_fork
+def test_a_killed_worker_is_brought_back(forked: Path) -> None:
+    assert (forked / "killed/died").exists()
+    assert compare(forked / "whole", forked / "killed") == []
 
 
 SLOW = """
