@@ -15,7 +15,6 @@ from portable_amp.autocast import entered
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-# Three times as many for each of the two state machines: 2,400 in all.
 settings.register_profile("ci", settings.get_profile("default"), max_examples=400)
 # For the nights: hours, of which test_example_fuzz.py takes half.
 settings.register_profile("nightly", settings.get_profile("default"), max_examples=16_000)
