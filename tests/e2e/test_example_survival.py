@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings as settings_of_laws
 
 import cv_classification.train as training
 from cv_classification.__main__ import main
@@ -45,13 +46,15 @@ def environment() -> dict[str, str]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_at_any_moment(settings: Settings, tmp_path: Path) -> None:
     arguments = ["train", *(word for word in settings(**EVERYTHING) if "output=" not in word)]
-    command = [sys.executable, "-W", "ignore", str(HERE / "survivor.py"), str(tmp_path), "25", "7"]
+    kills = max(10, settings_of_laws().max_examples // 40)  # 400 at night
+    command = [sys.executable, "-W", "ignore", str(HERE / "survivor.py"), str(tmp_path)]
+    command += [str(kills), "7"]
     done = subprocess.run(
         [*command, *arguments], env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["deaths"] >= 25
+    assert told["deaths"] >= kills
     assert told["differences"]
     assert not any(told["differences"].values()), told
 
@@ -64,8 +67,7 @@ def test_the_comparison_can_fail() -> None:
     assert survivor.differences({"a": [1, 2]}, {"a": [1]}) == ["/a: 2 and 1 items"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("where", ["train", "validation"])
+@pytest.mark.parametrize(("name", "where"), [("SIGTERM", "train"), ("SIGINT", "validation")])
 def test_a_signal_saves_and_leaves(
     name: str, where: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
