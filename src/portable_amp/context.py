@@ -25,7 +25,7 @@ from portable_amp.backends import (
 from portable_amp.capabilities import Capabilities, probe
 from portable_amp.copies import Loss, mean_square
 from portable_amp.distributed import agree_on_plan, common_to_ranks, of_rank_0
-from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
+from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError, shown
 from portable_amp.fp32 import explained, obstacle, parse_fp32, region_of
 from portable_amp.memory import clear_cache, memory_stats
 from portable_amp.notices import tell_once
@@ -245,7 +245,8 @@ class DeviceContext:
             model: in the mode it is in. What draws at random is compared without.
             batch: as the loop has it.
             loss: called with the model and the batch, returns a scalar tensor. By default the mean
-                square of what the model makes of the batch, or of its first part.
+                square of what the model makes of the batch, or of its first part. What it calls of
+                the model is compared.
             repeats: how many times each module runs on the device.
             sizes: numbers of samples to try, too, cut from the batch or repeated. Some devices are
                 wrong for many elements alone, or for odd numbers of them.
@@ -257,8 +258,10 @@ class DeviceContext:
             `notes`. Printed, it is a verdict in words.
 
         Raises:
-            RuntimeError: the model fails on this batch, or cannot be copied.
-            ValueError: `sizes` of a batch whose samples cannot be counted.
+            RuntimeError: the model fails on this batch, or in float64 on the CPU; it cannot be
+                copied, or torch.jit compiled it; the loss calls none of its modules.
+            TypeError: the loss is no scalar tensor.
+            ValueError: `sizes` of a batch whose samples cannot be counted; there are no repeats.
 
         >>> ctx = DeviceContext("cpu", precision="fp32")
         >>> ctx.verify(torch.nn.Linear(8, 3), torch.randn(4, 8)).ok
@@ -669,7 +672,13 @@ class DeviceContext:
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model that was given to DistributedDataParallel or torch.compile."""
+    """The model that was given to DistributedDataParallel or torch.compile.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model={shown(model)} is a {type(model).__name__}: a module works here")
     model = model.module if isinstance(model, DistributedDataParallel) else model
     inner: torch.nn.Module = getattr(model, "_orig_mod", model)
     return inner

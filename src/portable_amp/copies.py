@@ -24,7 +24,12 @@ def copier(
 
     Raises:
         UncopiedError: there is something in the model that Python cannot copy.
+        RuntimeError: it has lazy weights.
     """
+    if any(map(torch.nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
+        raise RuntimeError(
+            "the model cannot be measured: it has lazy weights; give it one batch first"
+        )
 
     def copied(layout: str) -> tuple[torch.nn.Module, Any]:
         there = move(_copy(model), LAYOUTS[layout])
@@ -56,17 +61,17 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
     except Exception as error:
         if is_oom_error(error):
             raise
-        why = f"the model cannot be copied, and tuning measures copies: {one_line(error)}"
+        why = f"the model cannot be copied, and copies are measured: {one_line(error)}"
         for name, value in held:
             try:
                 copy.deepcopy(value, dict(results))
             except Exception as first:
                 kind = type(value).__qualname__
-                why = f"the model cannot be copied, and tuning measures copies: {name!r} of it, "
+                why = f"the model cannot be copied, and copies are measured: {name!r} of it, "
                 why += f"of type {kind}, raises {one_line(first)}"
                 break
         raise UncopiedError(
-            f"{why}. Tune the model before it is given that, or write its class a __deepcopy__"
+            f"{why}. Measure the model before it is given that, or write its class a __deepcopy__"
         ) from error
 
 
@@ -81,4 +86,9 @@ def mean_square(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     made = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     floats = [one.float() for one in tensors_in(made) if one.is_floating_point()]
+    if not floats:
+        raise RuntimeError(
+            f"the model returns a {type(made).__qualname__} without a float tensor: give loss=, "
+            "which is called with the model and the batch"
+        )
     return torch.stack([one.square().mean() for one in floats]).sum()

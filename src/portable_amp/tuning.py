@@ -153,10 +153,6 @@ def tune(
         RuntimeError: the model fails in fp32, or computes something else in that dtype; its
             weights are of 16 bits already; or it cannot be copied.
     """
-    if any(map(torch.nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
-        raise RuntimeError(
-            "the model cannot be measured: it has lazy weights; give it one batch first"
-        )
     halves = {one.dtype for one in model.parameters()} & {torch.float16, torch.bfloat16}
     if halves:
         raise RuntimeError(

@@ -320,7 +320,7 @@ class Routing(nn.Module):
 
 
 def test_what_takes_another_path_for_rounding_is_told_and_not_accused() -> None:
-    told = "0 is not compared: rounding changes which modules it calls"
+    told = "0 is not compared: rounding, or chance, changes which modules it calls"
     report = live("bf16", nn.Sequential(Routing(), nn.Linear(16, 4)))
     assert report.ok
     assert told in report.notes
@@ -1053,7 +1053,9 @@ def test_what_keeps_something_from_call_to_call_is_told_and_not_accused() -> Non
 
     report = report_of(nn.Sequential(nn.Linear(16, 4), Warming()))
     assert report.ok, str(report)
-    assert report.notes == ("1 is not compared: it keeps something from call to call",)
+    assert report.notes == (
+        "1 is not compared: it keeps something from call to call, or draws outside torch",
+    )
 
 
 def test_other_numbers_of_samples_are_tried() -> None:
@@ -1074,7 +1076,8 @@ def test_other_numbers_of_samples_are_tried() -> None:
 def test_what_is_not_reached_in_time_is_counted() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, 4)))
     report = report_of(model, budget_s=0.0)
-    assert (report.modules, report.ok) == (0, True)
+    assert (report.modules, report.ok, report.faults) == (0, False, ())
+    assert str(report).startswith("Nothing of this model was compared on cpu in fp32.")
     assert report.notes == ("1 calls of modules were not reached in 0 s",)
     assert report_of(model, budget_s=100.0).notes == ()
 

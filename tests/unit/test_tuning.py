@@ -1212,8 +1212,8 @@ class Holding(nn.Module):
 def test_a_model_that_cannot_be_copied_is_said_to_be_one() -> None:
     model = Holding(threading.Lock())
     told = (
-        r"^the model cannot be copied, and tuning measures copies: 'part\.held' of it, of type "
-        r"lock, raises TypeError: cannot pickle '_thread\.lock' object\. Tune the model before"
+        r"^the model cannot be copied, and copies are measured: 'part\.held' of it, of type "
+        r"lock, raises TypeError: cannot pickle '_thread\.lock' object\. Measure the model before"
     )
     with pytest.raises(RuntimeError, match=told):
         context().tuned(model, torch.ones(3, 4))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import pickle
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +41,51 @@ def floats(value: Any) -> list[torch.Tensor]:
     return [*filter(is_float, tensors_in(value))]
 
 
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, held: list[Any]) -> None:
+        super().__init__(file)
+        self.held = held
+
+    def persistent_id(self, one: Any) -> int | None:
+        if not isinstance(one, (torch.Tensor, torch.nn.Module, type, types.FunctionType)):
+            return None
+        self.held.append(one)
+        return len(self.held) - 1
+
+
+def mapped(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """The same with each tensor changed, also of objects that are no containers.
+
+    Such as a cache of keys and values, which a module writes into: each replay has one of its own.
+    What cannot be pickled is not copied.
+    """
+    objects: list[Any] = []
+    made = map_tensors(change, value, other=objects.append)
+    if not objects:
+        return made
+    file, held = io.BytesIO(), list[Any]()
+    try:
+        _Pickler(file, held).dump(value)
+        reader: Any = pickle.Unpickler(io.BytesIO(file.getvalue()))
+        reader.persistent_load = lambda at: (
+            change(held[at]) if isinstance(held[at], torch.Tensor) else held[at]
+        )
+        return reader.load()
+    except Exception:  # a class may raise anything
+        return made
+
+
 def copied(value: Any) -> Any:
     """The same with copies of its tensors, without a graph."""
-    return map_tensors(lambda one: one.detach().clone(), value)
+    return mapped(lambda one: one.detach().clone(), value)
+
+
+def _is_strange(one: torch.Tensor) -> bool:
+    """Of several lengths, or one that torch.func maps over: neither is copied for a replay.
+
+    A private name of torch, 2.4 to 2.15.
+    """
+    return one.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(one)
 
 
 def named_calls(module: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module]:
@@ -72,7 +117,10 @@ def answered(
 
 
 class Recorder:
-    """Notes the outermost calls among the modules that it is asked about."""
+    """Notes the outermost calls among the modules that it is asked about.
+
+    What cannot be replayed alone is not noted: it is a part of what calls it.
+    """
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -82,21 +130,27 @@ class Recorder:
         """Call it, and keep what went in and out."""
         if self.inside:
             return module._call_impl(*args, **kwargs)
-        before = copied(args), copied(kwargs)
         given = [*tensors_in((args, kwargs))]
-        versions = [one._version for one in given]
         self.inside = True
         try:
+            if any(map(_is_strange, given)):
+                return module._call_impl(*args, **kwargs)
+            args_before, kwargs_before = copied((args, kwargs))
+            versions = [one._version for one in given]
             output = module._call_impl(*args, **kwargs)
         finally:
             self.inside = False
+        if any(map(_is_strange, tensors_in(output))):
+            return output
         found = floats(output)
         gradients: list[torch.Tensor | None] = [None] * len(found)
         for at, one in enumerate(found):
             if one.requires_grad:
                 one.register_hook(_keeping(gradients, at))
         written = versions != [one._version for one in given]
-        self.calls.append(Call(name, *before, copied(output), gradients, written))
+        self.calls.append(
+            Call(name, args_before, kwargs_before, copied(output), gradients, written)
+        )
         return output
 
 

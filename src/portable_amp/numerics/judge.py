@@ -80,15 +80,18 @@ def worst(distance: Distance, bound: float, noise: Distance | None = None) -> Me
 
 def distances(exact: Ran, got: Ran) -> Iterator[Distance]:
     """Of everything that was computed."""
-    norms = {what: float(one.norm()) for what, one in exact.found.items()}
+    norms = {what: _norm(one) for what, one in exact.found.items()}
     largest = max([0.0, *(norm for what, norm in norms.items() if is_backward(what))])
     for what, one in exact.found.items():
         other = got.found.get(what)
         if other is None or other.shape != one.shape:
             yield Distance(what, math.inf)
-        elif not bool(one.isfinite().all()):
             continue
-        elif not bool(other.isfinite().all()):
+        if not bool((finite := one.isfinite()).all()):  # a mask of -inf: the rest is compared
+            if not bool(finite.any()):
+                continue
+            one, other = one[finite], other[finite]
+        if not bool(other.isfinite().all()):
             yield Distance(what, math.inf)
         elif not is_backward(what) or norms[what] >= NEGLIGIBLE * largest:
             yield _distance(what, one, other, norms[what])
@@ -99,12 +102,18 @@ def is_backward(what: str) -> bool:
     return what.startswith("gradient")
 
 
+def _norm(one: torch.Tensor) -> float:
+    norm = float(one.norm())
+    return norm if math.isfinite(norm) else float(one[one.isfinite()].norm())
+
+
 def _distance(what: str, exact: torch.Tensor, got: torch.Tensor, norm: float) -> Distance:
     if not norm:
         return Distance(what, math.inf if bool((got.abs() > 1e-6).any()) else 0.0)
     scale = norm / math.sqrt(exact.numel())
-    error = float((got - exact).norm()) / norm
-    tilt = abs(float(((got - exact) * exact).sum())) / norm**2
-    peak = float(((got - exact).abs() / (exact.abs() + scale)).max())
-    lost = float(((got == 0) & (exact != 0)).double().mean())
+    off = got - exact
+    error = float(off.norm()) / norm
+    tilt = abs(float((off * exact).sum())) / norm**2
+    peak = float((off.abs() / (exact.abs() + scale)).max())
+    lost = int(((got == 0) & (exact != 0)).sum()) / exact.numel()
     return Distance(what, error, tilt, peak, exact.numel(), lost)

@@ -64,6 +64,8 @@ class Proof:
             report = self._report(dtype, layout, names, sampled=True)
         except Exception as error:  # such as a model that takes no other number of samples
             return "", f"not replayed: {one_line(error)}"
+        if not report.modules:
+            return "", f"not replayed: {'; '.join(report.notes)}"
         # Shorter products are told, and accepted.
         wrong = [fault for fault in report.faults if fault.kind not in SHORT_PRODUCTS]
         if wrong:

@@ -12,7 +12,15 @@ import torch
 
 from portable_amp.memory import keep_buffers
 from portable_amp.nested import map_tensors, tensors_in
-from portable_amp.numerics.calls import Call, answered, floats, is_float, named_calls
+from portable_amp.numerics.calls import (
+    Call,
+    Recorder,
+    answered,
+    floats,
+    is_float,
+    mapped,
+    named_calls,
+)
 from portable_amp.numerics.rounding import Wide
 
 Put = Callable[[torch.Tensor], torch.Tensor]
@@ -53,17 +61,22 @@ def run(
     region: Region,
     *,
     around: Region = contextlib.nullcontext,
+    recorder: Recorder | None = None,
 ) -> Ran:
-    """Forward in the region, and backward with these gradients; buffers are left as they were."""
+    """Forward in the region, and backward with these gradients; buffers are left as they were.
+
+    With a recorder it notes the calls of the forward pass, and nothing is answered.
+    """
     ran = Ran()
     inner = named_calls(module, call.name)
-    leaves: list[torch.Tensor] = []
-    given = map_tensors(lambda one: _leaf(put(one), leaves), (call.args, call.kwargs))
+    given = mapped(lambda one: _leaf(put(one)), (call.args, call.kwargs))
+    leaves = floats(given)
     script = _Script(answers, put, ran)
+    asked = inner if recorder else {n: m for n, m in inner.items() if n in script.names}
     with restored(module), around():
         module.zero_grad()
-        args, kwargs = map_tensors(torch.Tensor.clone, given)  # it may write into them
-        with region(), answered({n: m for n, m in inner.items() if n in script.names}, script):
+        args, kwargs = mapped(torch.Tensor.clone, given)  # it may write into them
+        with region(), answered(asked, recorder or script):
             output = module(*args, **kwargs)
         script.finish()
         outputs = floats(output)
@@ -117,10 +130,17 @@ class Task:
     gradients: list[torch.Tensor]
     random: bool = False
 
-    def on_cpu(self, around: Region = contextlib.nullcontext, seed: int = 0) -> Ran:
+    def on_cpu(
+        self,
+        around: Region = contextlib.nullcontext,
+        seed: int = 0,
+        recorder: Recorder | None = None,
+    ) -> Ran:
         """The reference."""
         with Wide():
-            return self._run(self.module, widened, contextlib.nullcontext, around, seed)
+            return self._run(
+                self.module, widened, contextlib.nullcontext, seed, around=around, recorder=recorder
+            )
 
     def on(self, place: Place, there: torch.nn.Module) -> Ran:
         """On the device."""
@@ -131,12 +151,12 @@ class Task:
         module: torch.nn.Module,
         put: Put,
         region: Region,
-        around: Region = contextlib.nullcontext,
         seed: int = 0,
+        **more: Any,
     ) -> Ran:
         torch.default_generator.manual_seed(seed)
         with _evaluating(module) if self.random else contextlib.nullcontext():
-            return run(module, self.call, self.answers, self.gradients, put, region, around=around)
+            return run(module, self.call, self.answers, self.gradients, put, region, **more)
 
 
 def widened(one: torch.Tensor) -> torch.Tensor:
@@ -153,11 +173,8 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
         module.training = mode
 
 
-def _leaf(one: torch.Tensor, leaves: list[torch.Tensor]) -> torch.Tensor:
-    if is_float(one):
-        one = one.detach().requires_grad_()
-        leaves.append(one)
-    return one
+def _leaf(one: torch.Tensor) -> torch.Tensor:
+    return one.detach().requires_grad_() if is_float(one) else one
 
 
 def _like(gradient: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
@@ -170,7 +187,7 @@ def _numbered(what: str, at: int, value: Any) -> str:
 
 
 def _plain(one: torch.Tensor) -> torch.Tensor:
-    one = one.detach()
+    one = one.detach().to_dense() if one.layout is not torch.strided else one.detach()
     if one.is_complex():
         one = torch.view_as_real(one.resolve_conj())
     return one.cpu().to(torch.float64, copy=True)
@@ -206,7 +223,7 @@ class _Script:
             raise OtherPathError(f"gives {name} other shapes than in the reference")
         for at, one in enumerate(given):
             self.ran.found[f"input {at} of {name}, call {number}"] = _plain(one)
-        output = map_tensors(self.put, answer.output)
+        output = mapped(self.put, answer.output)
         outs = floats(output)
         inputs = floats((args, kwargs))
         gradients = [None if g is None else _like(g, i) for i, g in zip(inputs, answer.gradients)]  # noqa: B905

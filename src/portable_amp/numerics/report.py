@@ -76,14 +76,16 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """No module computes something else."""
-        return not self.faults
+        """Something was compared, and no module computes something else."""
+        return self.modules > 0 and not self.faults
 
     def __str__(self) -> str:
         calls = f"{self.modules} calls of modules"
         if self.ok:
             first = f"{self.device} computes this model right in {self.plan}: {calls}, "
             first += f"the worst at {self.worst:.0%} of its bound."
+        elif not self.faults:
+            first = f"Nothing of this model was compared on {self.device} in {self.plan}."
         else:
             named = len({fault.module for fault in self.faults})
             first = f"{self.device} does NOT compute this model right in {self.plan}: "

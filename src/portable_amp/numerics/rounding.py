@@ -40,9 +40,18 @@ class Wide(TorchDispatchMode):
         # What is drawn at random would be another number.
         if dtype in WIDER and torch.Tag.nondeterministic_seeded not in function.tags:
             kwargs["dtype"] = WIDER[dtype]
-        if not function._schema.is_mutable:
-            args, kwargs = map_tensors(_wider, (args, kwargs))
-        return map_tensors(_wider, function(*args, **kwargs))
+        if function._schema.is_mutable:
+            return map_tensors(_wider, function(*args, **kwargs))
+        wide = map_tensors(_wider, (args, kwargs))
+        try:
+            made = function(*wide[0], **wide[1])
+        except (RuntimeError, TypeError):  # some know no float64: in float32, as they can
+            made = function(*map_tensors(_single, args), **map_tensors(_single, kwargs))
+        return map_tensors(_wider, made)
+
+
+def _single(one: torch.Tensor) -> torch.Tensor:
+    return one.float() if one.dtype is torch.float64 else one
 
 
 def _wider(one: torch.Tensor) -> torch.Tensor:
@@ -66,7 +75,8 @@ class Rounding(TorchDispatchMode):
     ) -> Any:
         """Compute it, and put its results off."""
         kwargs = kwargs or {}
-        held = {one.untyped_storage().data_ptr() for one in tensors_in((args, kwargs))}
+        dense = [one for one in tensors_in((args, kwargs)) if one.layout is torch.strided]
+        held = {one.untyped_storage().data_ptr() for one in dense}
         most = torch.finfo(self.dtype).max
 
         def given(one: torch.Tensor) -> torch.Tensor:

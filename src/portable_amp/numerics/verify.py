@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from portable_amp.autocast import maybe_autocast
-from portable_amp.copies import LAYOUT_NAMES, Loss, copier
+from portable_amp.copies import LAYOUT_NAMES, Loss, copier, one_line
+from portable_amp.memory import is_oom_error
 from portable_amp.nested import length_of, map_tensors, slice_of
 from portable_amp.numerics.calls import Recorder, answered, copied
 from portable_amp.numerics.islands import keep_in_fp32
@@ -43,6 +44,15 @@ def verify(
 
     Model, gradients and random states stay as they are.
     """
+    if not isinstance(place.repeats, int) or place.repeats < 1:
+        raise ValueError(f"repeats={place.repeats!r}: a whole number from 1 on works here")
+    if not isinstance(sizes, Sequence) or any(one < 1 for one in sizes):
+        raise ValueError(f"sizes={sizes!r}: numbers of samples from 1 on work here, as in (1, 64)")
+    if any(isinstance(one, torch.jit.ScriptModule) for one in model.modules()):
+        raise RuntimeError(
+            "the model has parts that torch.jit compiled, whose modules cannot be called alone: "
+            "verify the model that they were made of"
+        )
     until = time.perf_counter() + budget_s
     batches = [batch, *(resized(batch, size) for size in sizes)]
     state = rng_state()
@@ -88,31 +98,48 @@ def _walk(
     **options: Any,
 ) -> Walk:
     reference, wide = copier(model, batch, lambda value, _: value)("contiguous")
-    reference = _out_of_place(reference).cpu()
+    reference = _prepared(reference).cpu()
     for one in (*reference.parameters(), *reference.buffers()):
         one.data = _plain(one.data)
     wide = map_tensors(lambda one: _plain(one.cpu()), copied(wide))
     there, mine = copier(model, batch, move)(LAYOUT_NAMES[place.layout])
-    keep_in_fp32(_out_of_place(there), fp32_modules, place.device.type)
+    there = _prepared(there)
+    keep_in_fp32(there, fp32_modules, place.device.type)
 
     def on_device() -> None:
         with place.region():
             loss(there, copied(mine))
 
-    seen = dtypes_on_device(there, on_device)
+    seen = dtypes_on_device(there, place.device.type, on_device)
     recorder = Recorder()
-    with Wide(), answered({"": reference}, recorder), restored(reference):
-        total = loss(reference, wide)
+    modules = dict(reference.named_modules())
+    with Wide(), restored(reference):
+        try:
+            with answered(modules, recorder):
+                total = loss(reference, wide)
+        except Exception as error:
+            if is_oom_error(error):
+                raise
+            raise RuntimeError(
+                "the model cannot be computed in float64 on the CPU, with which all is compared: "
+                + one_line(error)
+            ) from error
+        if not isinstance(total, torch.Tensor) or total.numel() != 1:
+            made = type(total).__name__
+            made = f"{made} of {total.numel()} numbers" if isinstance(total, torch.Tensor) else made
+            raise TypeError(f"loss= returned a {made}: a scalar tensor works here")
         if total.requires_grad:
             total.backward()
             reference.zero_grad()
     del total, wide
+    if not recorder.calls:
+        raise RuntimeError("there is nothing to compare: loss= calls no module of the model")
     with Progress("verify", sum(map(len, seen.values()))) as progress:
         rows = {name: iter(calls) for name, calls in seen.items()}
         there_by_name = dict(there.named_modules())
-        walk = Walk(place, there_by_name, rows, progress, fp32_modules=fp32_modules, **options)
+        walk = Walk(place, there_by_name, rows, progress, **options)
         for call in recorder.calls:
-            walk.visit(reference, call)
+            walk.visit(modules[call.name], call)
     idle = sorted(
         name
         for name, one in there.named_modules()
@@ -140,9 +167,14 @@ def _plain(one: torch.Tensor) -> torch.Tensor:
     return one.contiguous() if one.layout is torch.strided else one
 
 
-def _out_of_place(model: torch.nn.Module) -> torch.nn.Module:
-    """ReLU and its like overwrite what they are given: here they do not."""
+def _prepared(model: torch.nn.Module) -> torch.nn.Module:
+    """Its copy to be replayed, without what torch.compile put around modules.
+
+    ReLU and its like overwrite what they are given: here they do not.
+    """
     for module in model.modules():
         if vars(module).get("inplace") is True:
             vars(module)["inplace"] = False
+        for name, inner in module._modules.items():
+            module._modules[name] = getattr(inner, "_orig_mod", inner)
     return model

@@ -8,23 +8,33 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from portable_amp.autocast import maybe_autocast
+from portable_amp.copies import one_line
 from portable_amp.memory import is_oom_error
 from portable_amp.nested import map_tensors, tensors_in
 from portable_amp.numerics.calls import Call, Recorder, answered, floats, is_float, named_calls
-from portable_amp.numerics.islands import is_inside
-from portable_amp.numerics.judge import BOUNDS, Distance, distances, worst
+from portable_amp.numerics.judge import BOUNDS, Distance, distances, is_backward, worst
 from portable_amp.numerics.progress import Progress
 from portable_amp.numerics.replay import Answer, OtherPathError, Place, Ran, Task, restored
 from portable_amp.numerics.report import LIMITS, Fault
 from portable_amp.numerics.verdict import fault, judged
 
-Dtypes = tuple[list[torch.dtype], list[torch.dtype]]
-"""Of the floats that a module is given, and of those that it returns."""
+LARGEST = 2.0**12
+"""Of a gradient in fp16, which holds 65,504: how large it is is up to the loss scale."""
+
+
+class Dtypes(NamedTuple):
+    """Of one call on the device."""
+
+    given: list[torch.dtype]
+    """Of the floats among its arguments."""
+    returned: list[torch.dtype]
+    region: torch.dtype | None = None
+    """Of autocast, where the call is; float32 where that is off."""
 
 
 @dataclass
@@ -39,8 +49,6 @@ class Walk:
     progress: Progress
     backward: bool = True
     """Gradients are compared, too."""
-    fp32_modules: tuple[str, ...] = ()
-    """Those that are kept in float32."""
     sampled: bool = False
     """Of modules that are alike, and are given alike, one is compared."""
     until: float = math.inf
@@ -60,9 +68,9 @@ class Walk:
 
     def visit(self, module: torch.nn.Module, call: Call) -> Answer:
         """Compare what is inside, then the module itself with all inside answered."""
-        given, returned = self._seen(call.name)
-        call.args, call.kwargs = rounded((call.args, call.kwargs), given)
-        call.output = rounded(call.output, returned)
+        dtypes = self._seen(call.name)
+        call.args, call.kwargs = rounded((call.args, call.kwargs), dtypes.given)
+        call.output = rounded(call.output, dtypes.returned)
         task = Task(module, call, [], [*self._gradients(call)])
         inner = named_calls(module, call.name)
         late = time.perf_counter() > self.until
@@ -72,27 +80,46 @@ class Walk:
                 return self._answer(call, task.on_cpu())
         recorder = Recorder()
         if inner:
-            with answered(inner, recorder):
-                task.on_cpu()
+            with contextlib.suppress(Exception):  # it comes again below
+                task.on_cpu(recorder=recorder)
         answers = [(one.written, self.visit(inner[one.name], one)) for one in recorder.calls]
         # What writes into its input is called in earnest.
         task.answers = [answer for written, answer in answers if not written]
         try:
             exact = task.on_cpu()
         except OtherPathError:
-            self._note(call, "is not compared: rounding changes which modules it calls")
+            self._note(call, "is not compared: rounding, or chance, changes which modules it calls")
+            return self._answer(call, None)
+        except Exception as error:
+            if is_oom_error(error):
+                raise
+            self._note(call, f"is not compared: called again, alone, it raises {one_line(error)}")
             return self._answer(call, None)
         self.modules += 1
+        place = self._there(task, dtypes)
+        if place.dtype is torch.float16 and _lowered(task, exact):
+            exact = task.on_cpu()
         of = "gradient of "
         names = (one.removeprefix(of) for one in exact.found if one.startswith(of))
         self.trained |= {f"{call.name}.{name}" if call.name else name for name in names}
-        if why := self._compared(task, exact):
+        if why := self._compared(task, exact, place):
             self._note(call, why)
         self.progress.step(call.name)
         return self._answer(call, exact)
 
     def _seen(self, name: str) -> Dtypes:
-        return next(self.seen.get(name, iter(())), ([], []))
+        return next(self.seen.get(name, iter(())), Dtypes([], []))
+
+    def _there(self, task: Task, dtypes: Dtypes) -> Place:
+        """The place, with autocast as the call had it, and the bound of what has fewest bits."""
+        place, region = self.place, dtypes.region or self.place.dtype
+        if dtypes.region and region is not place.dtype:
+            on = region is not torch.float32
+            put = functools.partial(maybe_autocast, place.device.type, region, enabled=on)
+            place = replace(place, region=put)
+        own = [one.dtype for one in self.there[task.call.name].parameters()]
+        held = {region, *dtypes.given, *dtypes.returned, *own} & BOUNDS.keys()
+        return replace(place, dtype=max(held, key=BOUNDS.__getitem__))
 
     def _passing(self, name: str, module: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         self._seen(name)
@@ -119,13 +146,9 @@ class Walk:
     def _note(self, call: Call, what: str) -> None:
         self.notes.append(f"{call.name or 'the model'} {what}")
 
-    def _compared(self, task: Task, exact: Ran) -> str:
+    def _compared(self, task: Task, exact: Ran, place: Place) -> str:
         """Why that was possible in another mode alone, or not at all; "" where it was."""
-        there, place = self.there[task.call.name], self.place
-        if is_inside(task.call.name, self.fp32_modules):  # its inputs are in float32, too
-            off = functools.partial(maybe_autocast, place.device.type, enabled=False)
-            place = replace(place, region=off, dtype=torch.float32)
-        bound = BOUNDS[place.dtype]
+        there, bound = self.there[task.call.name], BOUNDS[place.dtype]
         far_off, most = list[Ran](), 0.0
         try:
             for _ in range(place.repeats):
@@ -134,7 +157,7 @@ class Walk:
                 far_off += [ran] * (max(far, default=0.0) > 1)
                 most = max([most, *(one for one in far if one <= 1)])
         except OtherPathError as error:
-            if why := "" if task.random else self._varies(task, exact):
+            if why := "" if task.random else self._varies(task, exact, place):
                 return why
             self.faults.append(fault(task, "path", Distance(str(error), math.inf), bound))
             return ""
@@ -144,7 +167,7 @@ class Walk:
             what = Distance(f"{type(error).__name__}: {error}", math.inf)
             self.faults.append(fault(task, "fails", what, bound))
             return ""
-        if why := "" if task.random or not far_off else self._varies(task, exact):
+        if why := "" if task.random or not far_off else self._varies(task, exact, place):
             return why
         self.worst = max(self.worst, most)
         if far_off:
@@ -153,20 +176,25 @@ class Walk:
             self.limits += [one for one in found if one.kind in LIMITS]
         return ""
 
-    def _varies(self, task: Task, exact: Ran) -> str:
+    def _varies(self, task: Task, exact: Ran, place: Place) -> str:
         """Whether it draws at random, be it which others it calls; if so, it is compared without.
 
         Or whether it keeps something from call to call.
         """
         if _same(task, exact, seed=1):
             return ""
+        self.modules -= 1
         if not _same(task, exact, seed=0):
-            return "is not compared: it keeps something from call to call"
+            return "is not compared: it keeps something from call to call, or draws outside torch"
         task.random = True
         try:
-            self._compared(task, task.on_cpu())
+            exact = task.on_cpu()
         except OtherPathError:
             return "draws at random: not compared, for it calls other modules in eval mode"
+        if not _same(task, exact, seed=1):
+            return "draws at random in eval mode, too: not compared"
+        self.modules += 1
+        self._compared(task, exact, place)
         return "draws at random: compared in eval mode"
 
     def _gradients(self, call: Call) -> Iterator[torch.Tensor]:
@@ -182,6 +210,18 @@ class Walk:
             else:
                 found = found * (math.sqrt(found.numel()) / norm)
             yield found.to(one.dtype)
+
+
+def _lowered(task: Task, exact: Ran) -> bool:
+    """Lower the gradient that it is given, as a scaler would, where fp16 might not hold a sum."""
+    found = [
+        one.abs().max() for what, one in exact.found.items() if is_backward(what) and one.numel()
+    ]
+    largest = max(map(float, found), default=0.0)
+    if not LARGEST < largest < math.inf:
+        return False
+    task.gradients = [one * (LARGEST / largest) for one in task.gradients]
+    return True
 
 
 def _same(task: Task, exact: Ran, seed: int) -> bool:
@@ -203,25 +243,41 @@ def rounded(value: Any, dtypes: list[torch.dtype]) -> Any:
         if not is_float(one):
             return one
         dtype = next(rest, torch.float32)
-        return one.to(torch.complex64 if one.is_complex() else dtype)
+        if one.is_complex():
+            return one.to(torch.complex64)
+        made = one.to(dtype)
+        if bool(made.isinf().any()):  # the least number of float64, for a mask, is to stay finite
+            most = torch.finfo(dtype).max
+            made = torch.where(one.isinf(), one, one.clamp(-most, most)).to(dtype)
+        return made
 
     return map_tensors(put, value)
 
 
-def dtypes_on_device(model: torch.nn.Module, call: Callable[[], Any]) -> dict[str, list[Dtypes]]:
-    """What each call of each module is given and returns in `call()`."""
+def dtypes_on_device(
+    model: torch.nn.Module, kind: str, call: Callable[[], Any]
+) -> dict[str, list[Dtypes]]:
+    """What each call of each module is given and returns in `call()`, on this kind of device."""
     found: dict[str, list[Dtypes]] = {}
 
     def noting(name: str) -> Any:
         def note(_: Any, args: Any, kwargs: Any, output: Any) -> None:
             given, returned = floats((args, kwargs)), floats(output)
             row = [one.dtype for one in given], [one.dtype for one in returned]
-            found.setdefault(name, []).append(row)
+            found.setdefault(name, []).append(Dtypes(*row, _autocast(kind)))
 
         return note
 
-    with contextlib.ExitStack() as hooks, torch.no_grad(), restored(model):
+    with contextlib.ExitStack() as hooks, restored(model):
         for name, module in model.named_modules():
             hooks.enter_context(module.register_forward_hook(noting(name), with_kwargs=True))
         call()
     return found
+
+
+def _autocast(kind: str) -> torch.dtype | None:
+    try:
+        on = torch.is_autocast_enabled(kind)
+    except RuntimeError:  # it has none
+        return None
+    return torch.get_autocast_dtype(kind) if on else torch.float32
