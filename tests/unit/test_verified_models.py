@@ -231,6 +231,18 @@ def test_what_is_finite_beside_a_mask_is_compared() -> None:
     assert made[2].isnan()
 
 
+@pytest.mark.parametrize("colour", [0.3, 0.7, 7.3])
+def test_images_of_one_colour_are_no_fault(colour: float) -> None:
+    def call(layer: nn.Module, x: torch.Tensor, factor: float = 1.0) -> Any:
+        return layer(x) + (0 if x.dtype is torch.float64 else factor)
+
+    images = torch.full((4, 8, 8, 8), colour)
+    for norm in (nn.BatchNorm2d(8), nn.InstanceNorm2d(8), nn.GroupNorm(4, 8)):
+        report = report_of(nn.Sequential(norm), images)
+        assert report.ok, str(report)
+    assert named(report_of(Calls(call, nn.BatchNorm2d(8)), images)) == {""}
+
+
 def test_what_knows_no_float64_is_computed_in_float32() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated

@@ -23,6 +23,9 @@ PEAK = 16
 """One element may be so many times as far off, in units of itself and of the root mean square."""
 SLACK = 6
 """What a result may be off beyond what rounding each operation's result makes it."""
+NOTHING = 1e-11
+"""A result so small beside what was given is what float64 leaves of a sum that is 0, such as of an
+image of one colour less its mean: no number to compare with. It has to be small, that is all."""
 NEGLIGIBLE = 1e-3
 """A gradient smaller than this part of the largest of its module is not looked at."""
 
@@ -93,6 +96,8 @@ def distances(exact: Ran, got: Ran) -> Iterator[Distance]:
             one, other = one[finite], other[finite]
         if not bool(other.isfinite().all()):
             yield Distance(what, math.inf)
+        elif norms[what] < NOTHING * exact.given < math.inf and (norms[what] or is_backward(what)):
+            yield Distance(what, math.inf if float(other.norm()) > 0.01 * exact.given else 0.0)
         elif not is_backward(what) or norms[what] >= NEGLIGIBLE * largest:
             yield _distance(what, one, other, norms[what])
 

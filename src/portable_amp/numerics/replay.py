@@ -50,6 +50,8 @@ class Ran:
     found: dict[str, torch.Tensor] = field(default_factory=dict)
     inputs: list[torch.Tensor | None] = field(default_factory=list)
     """The gradient of each float tensor that it was given."""
+    given: float = 0.0
+    """The largest L2 norm of these tensors; of the reference alone."""
 
 
 def run(
@@ -138,9 +140,12 @@ class Task:
     ) -> Ran:
         """The reference."""
         with Wide():
-            return self._run(
+            ran = self._run(
                 self.module, widened, contextlib.nullcontext, seed, around=around, recorder=recorder
             )
+            given = floats((self.call.args, self.call.kwargs))
+            ran.given = max((float(one.norm()) for one in given), default=0.0)
+        return ran
 
     def on(self, place: Place, there: torch.nn.Module) -> Ran:
         """On the device."""
