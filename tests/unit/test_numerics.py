@@ -218,7 +218,7 @@ def test_a_fault_is_named_where_it_is(fault: str, place: str) -> None:
     assert {one.type for one in report.faults} == {"Faulty"}
     assert ("gradient" in fault) == all("gradient" in one.what for one in report.faults)
     first, *rest = str(report).splitlines()
-    assert first.startswith("cpu does NOT compute this model right in fp32: 1 modules are off, of")
+    assert first.startswith("cpu does NOT compute this model right in fp32: 1 module is off, of")
     assert rest[0].startswith(f"- {place} (Faulty): {report.faults[0].what} is ")
 
 
@@ -514,8 +514,10 @@ def test_a_report_has_a_verdict_a_line_for_each_fault_and_notes() -> None:
     wrong = Report("cpu", "bf16", (fault, fault), 7, 0.25, ())
     assert not wrong.ok
     first, *rest = str(wrong).splitlines()
-    assert first.endswith("in bf16: 1 modules are off, of 7 calls of modules.")
+    assert first.endswith("in bf16: 1 module is off, of 7 calls of modules.")
     assert rest == [f"- {fault}"] * 2
+    two = Report("cpu", "bf16", (fault, replace(fault, module="1")), 7, 0.25, ())
+    assert str(two).splitlines()[0].endswith("in bf16: 2 modules are off, of 7 calls of modules.")
     short = replace(fault, kind="tf32")
     lines = str(Report("cpu", "fp32", (short, fault, short, short), 7, 0.25, ())).splitlines()
     more = "- 2 results more, of which the same is true"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import planted
 from portable_amp import DeviceContext
 from portable_amp.copies import mean_square
 from portable_amp.numerics.report import Report
@@ -241,6 +243,16 @@ def test_images_of_one_colour_are_no_fault(colour: float) -> None:
         report = report_of(nn.Sequential(norm), images)
         assert report.ok, str(report)
     assert named(report_of(Calls(call, nn.BatchNorm2d(8)), images)) == {""}
+
+
+def test_a_gradient_that_is_to_be_zero_is_measured_by_what_was_given() -> None:
+    def call(layer: nn.Module, x: torch.Tensor, more: float = 0.0) -> Any:
+        still = x if x.dtype is torch.float64 else planted.backward(x, lambda g: g + more)
+        return layer(x.detach()) + 0 * still
+
+    assert report_of(nn.Sequential(Calls(call))).ok
+    report = report_of(nn.Sequential(Calls(functools.partial(call, more=1e-3))))
+    assert {one.what for one in report.faults} == {"gradient of input 0"}
 
 
 def test_what_knows_no_float64_is_computed_in_float32() -> None:

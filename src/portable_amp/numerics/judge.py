@@ -24,7 +24,7 @@ SLACK = 6
 """What a result may be off beyond what rounding each operation's result makes it."""
 NOTHING = 1e-11
 """A result so small beside what was given is what float64 leaves of a sum that is 0, such as of an
-image of one colour less its mean: no number to compare with. It has to be small, that is all."""
+image of one colour less its mean: no number to compare with. It is measured by what was given."""
 NEGLIGIBLE = 1e-3
 """A gradient smaller than this part of the largest of its module is not looked at."""
 
@@ -96,7 +96,7 @@ def distances(exact: Ran, got: Ran) -> Iterator[Distance]:
         if not bool(other.isfinite().all()):
             yield Distance(what, math.inf)
         elif norms[what] < NOTHING * exact.given < math.inf and (norms[what] or is_backward(what)):
-            yield Distance(what, math.inf if float(other.norm()) > 0.01 * exact.given else 0.0)
+            yield Distance(what, float(other.norm()) / exact.given)
         elif not is_backward(what) or norms[what] >= NEGLIGIBLE * largest:
             yield _distance(what, one, other, norms[what])
 

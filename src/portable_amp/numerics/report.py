@@ -89,7 +89,7 @@ class Report:
         else:
             named = len({fault.module for fault in self.faults})
             first = f"{self.device} does NOT compute this model right in {self.plan}: "
-            first += f"{named} modules are off, of {calls}."
+            first += f"{named} {'module is' if named == 1 else 'modules are'} off, of {calls}."
         limits = sorted(self.limits, key=lambda one: one.error, reverse=True)
         rows = [str(one) for one in self.faults if one.kind not in SHORT_PRODUCTS]
         for kind in SHORT_PRODUCTS:  # of each convolution and linear layer there is
