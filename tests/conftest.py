@@ -36,6 +36,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Or libraries whose objects are left at the end complain of a leak."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _before_monkeypatch() -> Iterator[None]:
     """What a test puts in place of a function of a back end does not outlive it."""
