@@ -39,6 +39,8 @@ from portable_amp import (
 WAY_BACK = "a new run begins from the best epoch with output=... model.weights={}"
 MEASURED = {"epoch", "updates", "lr", "loss", "accuracy", "macro_f1", "log_loss"}
 Natural = Annotated[int, Field(ge=0)]
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Images and their targets."""
 ADVICE = "a smaller train.lr, or train.max_norm=1, may keep it finite"
 
 
@@ -83,9 +85,7 @@ class Run:
         """The model that is validated and kept as the best."""
         return self.model if self.ema is None else self.ema.module
 
-    def forward_backward(
-        self, part: tuple[torch.Tensor, torch.Tensor], weight: float
-    ) -> Callable[[], torch.Tensor]:
+    def forward_backward(self, part: Batch, weight: float) -> Callable[[], torch.Tensor]:
         """Add up the gradients of a batch, or of a part with its `weight`, as if all weighed alike.
 
         What it returns gives the loss's numerator and denominator (2,); `take_step` divides.
@@ -107,13 +107,13 @@ class Run:
         self.scaler.scale(loss * (weight / len(images) / self.group)).backward()
         return seen
 
-    def lost_in(self, batch: tuple[torch.Tensor, torch.Tensor]) -> str:
+    def lost_in(self, batch: Batch) -> str:
         """Which module makes the loss, or a gradient, of this batch infinite or NaN, in words.
 
         "" where that cannot be told: the model is in shards, or the batch only fits in parts.
         """
 
-        def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
             total, _ = self.criterion.sums(model(batch[0]), batch[1])
             return total / len(batch[0]) / self.group
 

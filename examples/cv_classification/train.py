@@ -40,7 +40,7 @@ from cv_classification.optimize import (
     make_schedule,
 )
 from cv_classification.parallel import tell
-from cv_classification.run import ADVICE, WAY_BACK, Run
+from cv_classification.run import ADVICE, WAY_BACK, Batch, Run
 from cv_classification.tracking import Row, Tracker, check_tracking
 from cv_classification.tta import predict_samples, probabilities
 from portable_amp import DeviceContext, ranks, seed_everything, split_on_oom
@@ -209,17 +209,10 @@ def train_epoch(run: Run, batches: Batches, interruptions: Interruptions) -> Non
             interruptions.release(signal.SIGTERM)
 
 
-def take_step(
-    run: Run,
-    loss: float,
-    names: list[int],
-    batch: tuple[torch.Tensor, torch.Tensor],
-    factor: float,
-) -> bool:
+def take_step(run: Run, loss: float, names: list[int], batch: Batch, factor: float) -> bool:
     """One optimizer step, if the loss is finite, and the scaler finds the gradients so.
 
-    `batch` is the last one that the loss is of. `factor` makes of the gradients of a plain mean
-    those of the weighted one.
+    `factor` makes of the gradients of a plain mean those of the weighted one.
 
     Raises:
         InputError: it was not finite too many times in a row.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -1190,3 +1192,16 @@ def test_the_reference_is_exact_where_a_model_asks_for_fewer_bits() -> None:
     with Wide():
         assert torch.equal(torch.rand(3, dtype=torch.float32), drawn.double())
     assert torch.zeros(1).dtype is torch.float32
+
+
+def test_verify_does_not_import_the_compiler() -> None:
+    """It takes seconds, and leaves threads behind."""
+    code = (
+        "import sys, torch, portable_amp\n"
+        "ctx = portable_amp.DeviceContext('cpu', precision='fp32')\n"
+        "assert ctx.verify(torch.nn.Linear(4, 2), torch.ones(4, 4)).ok\n"
+        "ctx.tuned(torch.nn.Linear(4, 2), torch.ones(4, 4), cache=False)\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -22,7 +22,16 @@ WIDER = {
 }
 
 
-class Wide(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    """Of a reference, which is not compiled."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """To skip it torch imports Dynamo, which takes two seconds. Asked from torch 2.11 on."""
+        return False
+
+
+class Wide(_Mode):
     """In this region everything is computed in float64, also what asks for fewer bits.
 
     Models ask for float32 where autocast is not to reach, and make tensors of torch's default.
@@ -58,7 +67,7 @@ def _wider(one: torch.Tensor) -> torch.Tensor:
     return one.to(WIDER[one.dtype]) if one.dtype in WIDER else one
 
 
-class Rounding(TorchDispatchMode):
+class Rounding(_Mode):
     """In this region each float64 result is off by up to the dtype's epsilon, by chance.
 
     It is how good a device may be that computes each operation right. What comes out far from the
@@ -99,7 +108,7 @@ class Rounding(TorchDispatchMode):
         return map_tensors(off, function(*args, **kwargs))
 
 
-class Narrow(TorchDispatchMode):
+class Narrow(_Mode):
     """In this region products of float64 are taken of numbers with so many bits of mantissa.
 
     It is what tensor cores do with float32 where TF32 (10 bits) or bf16 (7) is allowed.
