@@ -13,5 +13,8 @@ export PYTHONPATH
 "$python" benchmarks/training.py --out "$out"
 "$python" benchmarks/scale.py --out "$out"
 "$python" benchmarks/gpu.py --out "$out"
+"$python" benchmarks/planted.py --out "$out"
+"$python" benchmarks/verify.py --out "$out"
+# By itself, for it takes half an hour: benchmarks/replay.py
 "$python" benchmarks/plots.py "$out"
 "$python" benchmarks/scan.py --json "$out/scan.json"
