@@ -11,7 +11,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.compiler import is_dynamo_compiling  # by name: it is asked in every step
-from torch.nn.parallel import DistributedDataParallel
 
 from portable_amp.autocast import Autocast, NoAutocast, OffAutocast, Region
 from portable_amp.backends import (
@@ -23,9 +22,9 @@ from portable_amp.backends import (
     torch_function,
 )
 from portable_amp.capabilities import Capabilities, probe
-from portable_amp.copies import Loss, mean_square
+from portable_amp.copies import Loss, mean_square, unwrapped
 from portable_amp.distributed import agree_on_plan, common_to_ranks, of_rank_0
-from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError, shown
+from portable_amp.errors import PrecisionFallbackWarning, UnsupportedPrecisionError
 from portable_amp.fp32 import explained, obstacle, parse_fp32, region_of
 from portable_amp.memory import clear_cache, memory_stats
 from portable_amp.notices import tell_once
@@ -194,7 +193,7 @@ class DeviceContext:
         if cache not in (True, False, "renew"):
             raise ValueError(f"cache={cache!r}: True, False or 'renew' work here")
         # What torch.compile made would be compiled anew for every candidate.
-        model = _unwrapped(model)
+        model = unwrapped(model)
         open_to_all = self.plan.request in ("auto", TUNED)
         dtype = None if open_to_all else self.plan.dtype
 
@@ -285,7 +284,7 @@ class DeviceContext:
         place = Place(self.device, self.autocast, plan.dtype, plan.memory_format, repeats)
         with self.autocast(enabled=False):  # for backward passes; the place has a region of its own
             report = verify(
-                _unwrapped(model), batch, place,
+                unwrapped(model), batch, place,
                 loss=loss, move=self._moved, plan=plan.name, fp32_modules=fp32_modules, **more,
             )  # fmt: skip
         return report.accepting(self.fp32)
@@ -363,7 +362,7 @@ class DeviceContext:
         the batch: tensor 0 holds inf before the pass. It reaches the loss.
         """
         return nonfinite.find_nonfinite(
-            _unwrapped(model), batch, self.device, partial(self.autocast, cache_enabled=False),
+            unwrapped(model), batch, self.device, partial(self.autocast, cache_enabled=False),
             loss=loss, scale=scale, passes=passes, move=self._moved, plan=self.plan.name,
         )  # fmt: skip
 
@@ -401,7 +400,7 @@ class DeviceContext:
         False
         """
         return headroom(
-            _unwrapped(model), batch, self.device.type, loss=loss, scale=scale, move=self._moved
+            unwrapped(model), batch, self.device.type, loss=loss, scale=scale, move=self._moved
         )
 
     def trace(
@@ -471,7 +470,7 @@ class DeviceContext:
         layout = self.plan.memory_format
         moved: T = self._moved(value, None if layout is torch.contiguous_format else layout)
         if isinstance(moved, torch.nn.Module):
-            keep_in_fp32(_unwrapped(moved), self.plan.fp32_modules, self.device.type)
+            keep_in_fp32(unwrapped(moved), self.plan.fp32_modules, self.device.type)
         return moved
 
     def loader_options(
@@ -669,19 +668,6 @@ class DeviceContext:
     def __repr__(self) -> str:
         fp32 = "" if self.fp32 == "as_is" else f", fp32={self.fp32!r}"
         return f"DeviceContext('{self.device}', precision={self.plan.name!r}{fp32})"
-
-
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model that was given to DistributedDataParallel or torch.compile.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model={shown(model)} is a {type(model).__name__}: a module works here")
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    inner: torch.nn.Module = getattr(model, "_orig_mod", model)
-    return inner
 
 
 def _restore(

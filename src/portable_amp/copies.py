@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from portable_amp.autocast import maybe_autocast
+from portable_amp.errors import shown
 from portable_amp.memory import is_oom_error
 from portable_amp.nested import map_tensors, tensors_in
+from portable_amp.rng import rng_state, set_rng_state
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LAYOUT_NAMES = {layout: name for name, layout in LAYOUTS.items()}
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
+
+
+@contextlib.contextmanager
+def undisturbed(device_type: str, *, gradients: bool = True) -> Iterator[dict[str, Any]]:
+    """Whatever surrounds the call: no autocast, and gradients or none; random states stay.
+
+    Yields that of before.
+    """
+    state = rng_state()
+    try:
+        with contextlib.ExitStack() as regions:
+            regions.enter_context(torch.inference_mode(False))
+            regions.enter_context(torch.set_grad_enabled(gradients))
+            for kind in {"cpu", device_type}:  # of references, and of backward passes
+                regions.enter_context(maybe_autocast(kind, enabled=False))
+            yield state
+    finally:
+        set_rng_state(state)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """What DistributedDataParallel, DataParallel and torch.compile were given, in any order.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model={shown(model)} is a {type(model).__name__}: a module works here")
+    parallel = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
+    while True:
+        if isinstance(model, parallel):
+            model = model.module
+        elif inner := model._modules.get("_orig_mod"):
+            model = inner
+        else:
+            return model
 
 
 def copier(

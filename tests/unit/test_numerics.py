@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import planted
 from portable_amp import DeviceContext
 from portable_amp.backends import torch_version
 from portable_amp.copies import mean_square
@@ -154,21 +155,8 @@ class Faulty(nn.Module):
         return self.fault(y) if there(x) else y
 
 
-class Backward(torch.autograd.Function):
-    """Right forward; backward another gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, change: Callable[..., Any]) -> torch.Tensor:
-        ctx.change = change
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return ctx.change(gradients[0]), None
-
-
 def backward(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
-    return lambda y: Backward.apply(y, change)  # type: ignore[no-untyped-call]
+    return lambda y: planted.backward(y, change)
 
 
 def truncated(y: torch.Tensor) -> torch.Tensor:
@@ -994,22 +982,6 @@ def test_images_lie_as_the_plan_says() -> None:
         assert verify(model, torch.randn(shape), place, **given).ok is ok
 
 
-class Products(torch.autograd.Function):
-    """A linear layer whose products are taken of shorter numbers, as tensor cores do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, short: Callable[..., Any]) -> Any:
-        ctx.short = short
-        ctx.save_for_backward(x, w)
-        return short(x) @ short(w).T
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (g,), (x, w), short = gradients, ctx.saved_tensors, ctx.short
-        flat = short(g).flatten(0, -2).T @ short(x).flatten(0, -2)
-        return short(g) @ short(w), flat, None
-
-
 class Short(nn.Linear):
     def __init__(self, short: Callable[..., Any], factor: float = 1.0) -> None:
         super().__init__(16, 8, bias=False)
@@ -1018,21 +990,17 @@ class Short(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not there(x):
             return super().forward(x)
-        return self.factor * Products.apply(x, self.weight, self.short)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def cut(x: torch.Tensor, dropped: int, half: int) -> torch.Tensor:
-    return ((x.contiguous().view(torch.int32) + half) & -(1 << dropped)).view(torch.float32)
+        return self.factor * planted.Products.apply(x, self.weight, self.short)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @pytest.mark.parametrize(
     ("kind", "short"),
     [
-        ("tf32", lambda x: cut(x, 13, 1 << 12)),
-        ("tf32", lambda x: cut(x, 13, 0)),
+        ("tf32", lambda x: planted.cut(x, 13, 1 << 12)),
+        ("tf32", lambda x: planted.cut(x, 13, 0)),
         ("bf16", lambda x: x.bfloat16().float()),
-        ("bf16", lambda x: cut(x, 16, 0)),
-        ("wrong", lambda x: cut(x, 15, 0)),
+        ("bf16", lambda x: planted.cut(x, 16, 0)),
+        ("wrong", lambda x: planted.cut(x, 15, 0)),
         ("", lambda x: x),
     ],
 )

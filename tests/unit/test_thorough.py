@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from planted import backward
 from portable_amp import cli, doctor
 from portable_amp.capabilities import probe
 from portable_amp.numerics import certificate, children
@@ -96,19 +97,6 @@ def there(x: torch.Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-class Backward(torch.autograd.Function):
-    """Right forward; backward another gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, change: Callable[..., Any]) -> torch.Tensor:
-        ctx.change = change
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return ctx.change(gradients[0]), None
-
-
 def planted(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., torch.Tensor]) -> None:
     """On the played device the function of that name gives what `wrong(result, input)` makes."""
     real = getattr(F, name)
@@ -132,7 +120,7 @@ def test_a_gradient_that_is_off_in_one_layout_is_found(
     def wrong(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         last = x.dim() == 4 and not x.is_contiguous()
         last = last and x.is_contiguous(memory_format=torch.channels_last)
-        return Backward.apply(y, lambda g: g * 1.02) if last else y  # type: ignore[no-any-return]
+        return backward(y, lambda g: g * 1.02) if last else y
 
     planted(monkeypatch, "batch_norm", wrong)
     rows = off(certified("batch_norm 2d", cuda, ("fp32", "bf16 autocast", "fp16")))
@@ -155,7 +143,7 @@ def test_a_gradient_that_is_wrong_beyond_32768_elements_is_found(
         flat[2**15 :] = 0
         return flat.view(g.shape)
 
-    planted(monkeypatch, "gelu", lambda y, x: Backward.apply(y, beyond))
+    planted(monkeypatch, "gelu", lambda y, x: backward(y, beyond))
     rows = off(certified("gelu", cuda))
     assert {(row["size"], row["direction"]) for row in rows} == {("large", "backward")}
 
@@ -207,7 +195,7 @@ def test_a_gradient_of_nothing_that_is_not_finite_is_found(
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if there(x) and not len(x):
-            weight = Backward.apply(weight, lambda g: g + math.nan)
+            weight = backward(weight, lambda g: g + math.nan)
         return real(x, weight, bias)
 
     monkeypatch.setattr(F, "linear", linear)

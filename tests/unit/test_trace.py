@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from planted import backward
 from portable_amp import DeviceContext
 from portable_amp.numerics import tracefile
 from portable_amp.numerics.compare import Verdict, compare
@@ -233,19 +234,8 @@ def output(off: Change, name: str) -> Change:
     return patched(name, lambda forward: lambda *args: off(forward(*args)))
 
 
-class Back(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient * ctx.factor, None
-
-
 def gradient_of_input(name: str, factor: float) -> Change:
-    return patched(name, lambda forward: lambda x: forward(Back.apply(x, factor)))
+    return patched(name, lambda forward: lambda x: forward(backward(x, lambda g: g * factor)))
 
 
 def set_on(name: str, **values: Any) -> Change:
@@ -325,7 +315,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "the loss's gradient": (
         "mlp",
-        {"loss": lambda z, y: Back.apply(F.cross_entropy(z, y), 1.1)},
+        {"loss": lambda z, y: backward(F.cross_entropy(z, y), lambda g: g * 1.1)},
         "backward",
         "",
     ),

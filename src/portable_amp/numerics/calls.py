@@ -15,6 +15,8 @@ import torch
 
 from portable_amp.nested import map_tensors, tensors_in
 
+SIXTEEN = (torch.float16, torch.bfloat16)
+
 
 @dataclass
 class Call:
@@ -34,6 +36,11 @@ class Call:
 def is_float(one: torch.Tensor) -> bool:
     """It can have a gradient, by its dtype."""
     return one.is_floating_point() or one.is_complex()
+
+
+def single(one: torch.Tensor) -> torch.Tensor:
+    """A tensor of 16 bits in float32; any other as it is."""
+    return one.float() if one.dtype in SIXTEEN else one
 
 
 def floats(value: Any) -> list[torch.Tensor]:

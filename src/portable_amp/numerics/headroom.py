@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,12 +9,10 @@ from typing import Any
 
 import torch
 
-from portable_amp.autocast import maybe_autocast
-from portable_amp.copies import Loss, copier
+from portable_amp.copies import Loss, copier, undisturbed
 from portable_amp.numerics import watch
 from portable_amp.numerics.half import TO_FP16, Half
 from portable_amp.numerics.watch import EMPTY, Watch, current_node, extremes, next_number, numbers
-from portable_amp.rng import rng_state, set_rng_state
 
 LARGEST = torch.finfo(torch.float16).max  # 65504
 _VANISHES, _LOSES = -24, -14  # powers of two: fp16's smallest numbers, subnormal and normal
@@ -222,19 +219,13 @@ def headroom(
     """Look at one pass of a copy, forward and backward, in fp32, on a device of this kind."""
     if not 0 < scale < math.inf:
         raise ValueError(f"scale={scale!r}: a loss scale above 0 works here")
-    state = rng_state()
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as regions:
-            for one in {"cpu", kind}:
-                regions.enter_context(maybe_autocast(one, enabled=False))
-            there, mine = copier(model, batch, move)("contiguous")
-            gauge = Gauge(there)
-            with gauge.watch.watching():
-                total = loss(there, mine)
-                if total.requires_grad:
-                    gauge.backward(total)
-    finally:
-        set_rng_state(state)
+    with undisturbed(kind):
+        there, mine = copier(model, batch, move)("contiguous")
+        gauge = Gauge(there)
+        with gauge.watch.watching():
+            total = loss(there, mine)
+            if total.requires_grad:
+                gauge.backward(total)
     return _report(model, gauge.seen, scale)
 
 

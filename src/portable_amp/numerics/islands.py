@@ -9,6 +9,7 @@ import torch
 
 from portable_amp.autocast import maybe_autocast
 from portable_amp.nested import map_tensors
+from portable_amp.numerics.calls import single
 from portable_amp.numerics.report import Report
 
 FAR = 0.1
@@ -25,13 +26,9 @@ class Island:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it there."""
-        args, kwargs = map_tensors(_single, (args, kwargs))
+        args, kwargs = map_tensors(single, (args, kwargs))
         with maybe_autocast(self.device_type, enabled=False):
             return self.forward(*args, **kwargs)
-
-
-def _single(one: torch.Tensor) -> torch.Tensor:
-    return one.float() if one.dtype in (torch.float16, torch.bfloat16) else one
 
 
 def keep_in_fp32(model: torch.nn.Module, names: Iterable[str], device_type: str) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from portable_amp.autocast import maybe_autocast
-from portable_amp.copies import Loss, copier
+from portable_amp.copies import Loss, copier, undisturbed
 from portable_amp.nested import map_tensors, tensors_in
 from portable_amp.numerics.origins import Origin, Tracer
 from portable_amp.numerics.watch import LOSS, Watch
@@ -117,21 +116,15 @@ def find_nonfinite(
         total = _forward(tracer, there, mine, region, loss)
         return _backward(tracer, there, total, scale, _accumulated)
 
-    state = rng_state()
     found: Origin | None = None
     done, reaches = 0, ""
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as regions:
-            for kind in {"cpu", device.type}:
-                regions.enter_context(maybe_autocast(kind, enabled=False))
-            for done in range(1, passes + 1):
-                if done > 1:
-                    seed_everything(done)
-                found, reaches = run(Tracer())
-                if found or not _drawn(state):
-                    break
-    finally:
-        set_rng_state(state)
+    with undisturbed(device.type) as state:
+        for done in range(1, passes + 1):
+            if done > 1:
+                seed_everything(done)
+            found, reaches = run(Tracer())
+            if found or not _drawn(state):
+                break
     names = dict(model.named_modules())
     type_name = type(names[found.module]).__qualname__ if found and found.module in names else ""
     return NonfiniteReport(found, type_name, reaches, done, plan, scale)

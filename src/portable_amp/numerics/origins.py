@@ -11,7 +11,7 @@ import torch
 
 from portable_amp.nested import map_tensors
 from portable_amp.numerics import watch
-from portable_amp.numerics.calls import is_float
+from portable_amp.numerics.calls import SIXTEEN, is_float, single
 from portable_amp.numerics.watch import EMPTY, Watch, extremes, numbers
 
 
@@ -49,7 +49,6 @@ class Origin:
 # Part of the names of what answers a row that is masked throughout with NaN: the mask is no error,
 # the row is.
 _SOFTMAX = ("softmax", "logsumexp", "attention")
-_SIXTEEN = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -133,8 +132,8 @@ class Tracer:
     @staticmethod
     def _made(new: Origin, function: Any, args: Any, kwargs: Any, largest: float) -> Origin:
         precise = None
-        if new.dtype in _SIXTEEN:
-            precise = _finite(function, args, kwargs, _widened)
+        if new.dtype in SIXTEEN:
+            precise = _finite(function, args, kwargs, single)
         return replace(new, of=f"finite values up to {largest:.3g}", precise=precise)
 
 
@@ -144,17 +143,13 @@ def _finite(
     """Whether it gives finite values for other inputs; None: it cannot be asked."""
     if function._schema.is_mutable or torch.Tag.nondeterministic_seeded in function.tags:
         return None
-    if kwargs.get("dtype") in _SIXTEEN and change is _widened:
+    if kwargs.get("dtype") in SIXTEEN and change is single:
         kwargs = {**kwargs, "dtype": torch.float32}
     try:
         output = function(*map_tensors(change, args), **map_tensors(change, kwargs))
     except Exception:  # it takes no such dtype, or there is no memory left: this is a luxury
         return None
     return not any(map(nonfinite, numbers(output)))
-
-
-def _widened(one: torch.Tensor) -> torch.Tensor:
-    return one.float() if one.dtype in _SIXTEEN else one
 
 
 def _tamed(one: torch.Tensor) -> torch.Tensor:

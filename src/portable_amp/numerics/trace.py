@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from portable_amp.copies import unwrapped
 from portable_amp.errors import PortableAmpWarning, TraceError
 from portable_amp.launchers import launcher
 from portable_amp.notices import tell
@@ -266,18 +267,6 @@ class Trace:
 
 def _rows(samples: dict[str, Sample]) -> dict[str, Stats]:
     return dict(zip(samples, stats([*samples.values()]), strict=True))
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """What DistributedDataParallel, DataParallel and torch.compile were given, in any order."""
-    parallel = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
-    while True:
-        if isinstance(model, parallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            return model
 
 
 def of_rank(path: str | os.PathLike[str]) -> str:

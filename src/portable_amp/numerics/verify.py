@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,8 +9,7 @@ from typing import Any
 
 import torch
 
-from portable_amp.autocast import maybe_autocast
-from portable_amp.copies import LAYOUT_NAMES, Loss, copier, one_line
+from portable_amp.copies import LAYOUT_NAMES, Loss, copier, one_line, undisturbed
 from portable_amp.memory import is_oom_error
 from portable_amp.nested import length_of, map_tensors, slice_of
 from portable_amp.numerics.calls import Recorder, answered, copied
@@ -21,7 +19,6 @@ from portable_amp.numerics.replay import Place, restored, widened
 from portable_amp.numerics.report import Report
 from portable_amp.numerics.rounding import Wide
 from portable_amp.numerics.walk import Walk, dtypes_on_device
-from portable_amp.rng import rng_state, set_rng_state
 
 Move = Callable[[Any, torch.memory_format], Any]
 
@@ -55,22 +52,14 @@ def verify(
         )
     until = time.perf_counter() + budget_s
     batches = [batch, *(resized(batch, size) for size in sizes)]
-    state = rng_state()
-    walks = []
-    try:
-        with contextlib.ExitStack() as regions:
-            regions.enter_context(torch.inference_mode(False))
-            regions.enter_context(torch.set_grad_enabled(backward))
-            for kind in {"cpu", place.device.type}:  # of the reference, and of backward passes
-                regions.enter_context(maybe_autocast(kind, enabled=False))
-            for one in batches:
-                walk = _walk(
-                    model, one, place, loss, move,
-                    backward=backward, fp32_modules=fp32_modules, until=until, sampled=sampled,
-                )  # fmt: skip
-                walks.append(walk)
-    finally:
-        set_rng_state(state)
+    with undisturbed(place.device.type, gradients=backward):
+        walks = [
+            _walk(
+                model, one, place, loss, move,
+                backward=backward, fp32_modules=fp32_modules, until=until, sampled=sampled,
+            )
+            for one in batches
+        ]  # fmt: skip
     notes = [note for walk in walks for note in walk.notes]
     if left_out := sum(walk.left_out for walk in walks):
         notes.append(f"{left_out} calls of modules were not reached in {budget_s:g} s")
